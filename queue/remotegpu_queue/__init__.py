@@ -1,0 +1,1 @@
+"""What to run when; owns the database. Knows nothing of processes, HTTP or the control plane."""

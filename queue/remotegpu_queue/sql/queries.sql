@@ -1,0 +1,171 @@
+-- Named queries: each starts with a line `-- name: NAME`. Every UPDATE of a state names the state it expects.
+
+-- name: add_attempt
+INSERT INTO attempts
+    (attempt_id, task_id, origin, state, priority, task, retries_used, lease_ttl_ns, lease_deadline_ns,
+     renew_interval_ns, boot_id, submitted_at_ms)
+VALUES
+    (:attempt_id, :task_id, :origin, :state, :priority, :task, :retries_used, :lease_ttl_ns, :lease_deadline_ns,
+     :renew_interval_ns, :boot_id, :now_ms);
+
+-- name: attempt
+SELECT * FROM attempts WHERE attempt_id = :attempt_id;
+
+-- name: is_known_attempt
+SELECT 1 FROM attempts WHERE attempt_id = :attempt_id;
+
+-- name: open_attempts_of_task
+SELECT * FROM attempts
+WHERE task_id = :task_id AND state NOT IN ('completed', 'failed', 'cancelled');
+
+-- name: task_is_taken
+SELECT 1 FROM attempts WHERE task_id = :task_id LIMIT 1;
+
+-- name: count_open
+SELECT count(*) FROM attempts WHERE state IN ('pending', 'assigned', 'running', 'suspended', 'preempted');
+
+-- name: waiting
+SELECT attempt_id, task_id, priority, seq, ready_boottime_ns,
+       json_extract(task, '$.resources') AS resources
+FROM attempts WHERE state IN ('pending', 'assigned')
+ORDER BY priority, seq LIMIT :limit;
+
+-- name: count_waiting
+SELECT count(*) FROM attempts WHERE state IN ('pending', 'assigned');
+
+-- name: open_attempts
+SELECT * FROM attempts
+WHERE state NOT IN ('completed', 'failed', 'cancelled') AND (origin = 'control_plane' OR state IN ('running', 'suspended'))
+ORDER BY seq;
+
+-- name: start_attempt
+UPDATE attempts
+SET state = :new_state, run_no = :run_no, started_at_ms = coalesce(started_at_ms, :now_ms), ready_boottime_ns = 0
+WHERE attempt_id = :attempt_id AND state = :state AND run_no = :run_no - 1;
+
+-- name: add_run
+INSERT INTO runs (attempt_id, run_no, state, created_at_ms) VALUES (:attempt_id, :run_no, 'starting', :now_ms);
+
+-- name: run
+SELECT * FROM runs WHERE attempt_id = :attempt_id AND run_no = :run_no;
+
+-- name: open_runs
+SELECT * FROM runs WHERE state <> 'ended';
+
+-- name: runs_of_attempt
+SELECT * FROM runs WHERE attempt_id = :attempt_id ORDER BY run_no;
+
+-- name: runs_of_task
+SELECT r.* FROM runs r JOIN attempts a USING (attempt_id) WHERE a.task_id = :task_id ORDER BY a.seq, r.run_no;
+
+-- name: run_of_pid
+SELECT r.*, a.task_id FROM runs r JOIN attempts a USING (attempt_id)
+WHERE r.pid = :pid AND r.boot_id = :boot_id ORDER BY r.started_at_ms DESC LIMIT 1;
+
+-- name: run_started
+UPDATE runs
+SET state = :new_state, boot_id = :boot_id, pid = :pid, start_ticks = :start_ticks, started_at_ms = :started_at_ms
+WHERE attempt_id = :attempt_id AND run_no = :run_no AND state = :state;
+
+-- name: run_stopping
+UPDATE runs SET state = :new_state, stop_cause = :stop_cause
+WHERE attempt_id = :attempt_id AND run_no = :run_no AND state = :state;
+
+-- name: run_ended
+UPDATE runs
+SET state = :new_state, cause = :cause, exit_code = :exit_code, signal = :signal, error = :error,
+    ended_at_ms = :ended_at_ms, usage = :usage
+WHERE attempt_id = :attempt_id AND run_no = :run_no AND state = :state;
+
+-- name: end_attempt
+UPDATE attempts
+SET state = :new_state, cause = :cause, exit_code = :exit_code, signal = :signal, error = :error,
+    ended_at_ms = :ended_at_ms, retries_used = :retries_used, free_retries_used = :free_retries_used,
+    is_synced = :is_synced
+WHERE attempt_id = :attempt_id AND state = :state AND run_no = :run_no;
+
+-- name: retry_attempt
+UPDATE attempts
+SET state = :new_state, retries_used = :retries_used, free_retries_used = :free_retries_used,
+    ready_boottime_ns = :ready_boottime_ns
+WHERE attempt_id = :attempt_id AND state = :state AND run_no = :run_no;
+
+-- name: extend_lease
+UPDATE attempts SET lease_deadline_ns = :deadline_ns, lease_ttl_ns = :ttl_ns
+WHERE attempt_id = :attempt_id AND lease_ttl_ns IS NOT NULL
+  AND state NOT IN ('completed', 'failed', 'cancelled');
+
+-- name: set_progress
+UPDATE attempts SET progress_percent = :percent, progress_message = :message
+WHERE attempt_id = :attempt_id AND state IN ('running', 'suspended');
+
+-- name: add_report
+INSERT INTO outbox (attempt_id, task_id, kind, body, created_at_ms, boot_id)
+VALUES (:attempt_id, :task_id, :kind, :body, :now_ms, :boot_id);
+
+-- name: drop_waiting_progress
+DELETE FROM outbox WHERE attempt_id = :attempt_id AND kind = 'progress' AND is_dead = 0;
+
+-- name: drop_reports
+DELETE FROM outbox WHERE attempt_id = :attempt_id AND is_dead = 0;
+
+-- name: has_complete
+SELECT 1 FROM outbox WHERE attempt_id = :attempt_id AND kind = 'complete' LIMIT 1;
+
+-- name: due_reports
+SELECT o.* FROM outbox o
+WHERE o.is_dead = 0 AND o.due_boottime_ns <= :now_ns
+  AND NOT EXISTS (SELECT 1 FROM outbox e WHERE e.attempt_id = o.attempt_id AND e.is_dead = 0 AND e.id < o.id)
+ORDER BY o.id LIMIT :limit;
+
+-- name: next_due_report
+SELECT min(o.due_boottime_ns) FROM outbox o
+WHERE o.is_dead = 0 AND o.due_boottime_ns > :now_ns
+  AND NOT EXISTS (SELECT 1 FROM outbox e WHERE e.attempt_id = o.attempt_id AND e.is_dead = 0 AND e.id < o.id);
+
+-- name: report_delivered
+DELETE FROM outbox WHERE id = :id;
+
+-- name: start_accepted
+UPDATE attempts SET is_start_accepted = 1 WHERE attempt_id = :attempt_id;
+
+-- name: result_synced
+UPDATE attempts SET is_synced = 1 WHERE attempt_id = :attempt_id AND state IN ('completed', 'failed', 'cancelled');
+
+-- name: report_retry
+UPDATE outbox
+SET tries = tries + 1, due_boottime_ns = :due_ns, last_error = :error, first_try_at_ms = coalesce(first_try_at_ms, :now_ms)
+WHERE id = :id AND is_dead = 0;
+
+-- name: report_dead
+UPDATE outbox SET is_dead = 1, tries = tries + 1, last_error = :error WHERE id = :id AND is_dead = 0;
+
+-- name: count_reports
+SELECT count(*) FILTER (WHERE is_dead = 0) AS waiting, count(*) FILTER (WHERE is_dead = 1) AS dead FROM outbox;
+
+-- name: has_reports
+SELECT 1 FROM outbox WHERE attempt_id = :attempt_id AND is_dead = 0 LIMIT 1;
+
+-- name: count_by_state
+SELECT state, count(*) AS n FROM attempts GROUP BY state;
+
+-- name: tasks_by_prefix
+SELECT task_id, max(seq) AS seq FROM attempts
+WHERE task_id >= :prefix AND task_id < :prefix_end GROUP BY task_id LIMIT 3;
+
+-- name: latest_attempt
+SELECT * FROM attempts WHERE task_id = :task_id ORDER BY seq DESC LIMIT 1;
+
+-- name: rebase_attempts
+UPDATE attempts
+SET boot_id = :boot_id, ready_boottime_ns = 0, lease_deadline_ns = iif(lease_ttl_ns IS NULL, NULL, 0)
+WHERE boot_id <> :boot_id AND state NOT IN ('completed', 'failed', 'cancelled');
+
+-- name: rebase_outbox
+UPDATE outbox SET boot_id = :boot_id, due_boottime_ns = 0 WHERE boot_id <> :boot_id;
+
+-- name: get_meta
+SELECT value FROM meta WHERE key = :key;
+
+-- name: add_meta
+INSERT INTO meta (key, value) VALUES (:key, :value) ON CONFLICT (key) DO NOTHING;

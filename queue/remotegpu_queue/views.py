@@ -1,0 +1,115 @@
+"""What is read: waiting attempts, tasks with their runs, pages and counts. Plain functions on a sqlite3 connection."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from remotegpu_queue.queries import SQL
+from remotegpu_queue.rows import Attempt, Run, attempt_of, one, run_of
+from remotegpu_queue.scheduling import Waiting
+from remotegpu_schemas.attempt import AttemptId
+from remotegpu_schemas.errors import Code, Refused
+from remotegpu_schemas.states import TaskState
+from remotegpu_schemas.task import Resources, TaskId
+
+
+def waiting(db: sqlite3.Connection, limit: int) -> list[Waiting]:
+    """The first waiting attempts by priority and age."""
+    return [
+        Waiting(
+            attempt_id=AttemptId(row["attempt_id"]),
+            task_id=TaskId(row["task_id"]),
+            priority=row["priority"],
+            seq=row["seq"],
+            resources=_resources(row["resources"]),
+            ready_boottime_ns=row["ready_boottime_ns"],
+        )
+        for row in db.execute(SQL["waiting"], {"limit": limit})
+    ]
+
+
+def _resources(text: str | None) -> Resources:
+    return Resources.model_validate_json(text) if text else Resources()
+
+
+def attempt(db: sqlite3.Connection, attempt_id: AttemptId) -> Attempt | None:
+    """One attempt, or None."""
+    row = one(db, "attempt", {"attempt_id": attempt_id})
+    return attempt_of(row) if row is not None else None
+
+
+def open_attempts(db: sqlite3.Connection) -> list[Attempt]:
+    """Leased attempts that have not ended, and whatever has a process."""
+    return [attempt_of(row) for row in db.execute(SQL["open_attempts"])]
+
+
+def open_runs(db: sqlite3.Connection) -> list[Run]:
+    """Runs that have not ended."""
+    return [run_of(row) for row in db.execute(SQL["open_runs"])]
+
+
+def run_of_pid(db: sqlite3.Connection, pid: int, boot_id: str) -> tuple[Run, TaskId] | None:
+    """The last run of this boot whose main process had this number."""
+    row = one(db, "run_of_pid", {"pid": pid, "boot_id": boot_id})
+    return (run_of(row), TaskId(row["task_id"])) if row is not None else None
+
+
+def find_task(db: sqlite3.Connection, prefix: str) -> tuple[Attempt, list[Run]]:
+    """The latest attempt of the task with this id or unique prefix, and all runs of the task.
+
+    Raises Refused: TASK_NOT_FOUND, INVALID_PARAMETERS (the prefix is not unique).
+    """
+    row = one(db, "latest_attempt", {"task_id": prefix})
+    if row is None:
+        found = db.execute(SQL["tasks_by_prefix"], {"prefix": prefix, "prefix_end": prefix + "\U0010ffff"}).fetchall()
+        if not prefix or not found:
+            raise Refused(Code.TASK_NOT_FOUND, f"there is no task {prefix!r}")
+        if len(found) > 1:
+            names = ", ".join(item["task_id"] for item in found[:2])
+            raise Refused(Code.INVALID_PARAMETERS, f"{prefix!r} fits several tasks ({names}, ...); give more of the id")
+        row = one(db, "latest_attempt", {"task_id": found[0]["task_id"]})
+    runs = [run_of(item) for item in db.execute(SQL["runs_of_task"], {"task_id": row["task_id"]})]
+    return attempt_of(row), runs
+
+
+def list_attempts(
+    db: sqlite3.Connection, states: Sequence[TaskState], labels: Mapping[str, str], limit: int, offset: int
+) -> tuple[list[tuple[Attempt, Run | None]], int]:
+    """One page of tasks (their latest attempts) with the last run, newest first, and how many match in all."""
+    where = ["seq = (SELECT max(l.seq) FROM attempts l WHERE l.task_id = attempts.task_id)"]
+    values: list[str] = []
+    if states:
+        where.append(f"state IN ({', '.join('?' * len(states))})")
+        values += [str(state) for state in states]
+    for key, value in labels.items():
+        where.append("EXISTS (SELECT 1 FROM json_each(task, '$.labels') l WHERE l.key = ? AND l.value = ?)")
+        values += [key, value]
+    condition = " AND ".join(where)
+    total: int = db.execute(f"SELECT count(*) FROM attempts WHERE {condition}", values).fetchone()[0]
+    rows = db.execute(
+        f"SELECT * FROM attempts WHERE {condition} ORDER BY seq DESC LIMIT ? OFFSET ?", [*values, limit, offset]
+    ).fetchall()
+    page = []
+    for row in rows:
+        last = one(db, "run", {"attempt_id": row["attempt_id"], "run_no": row["run_no"]})
+        page.append((attempt_of(row), run_of(last) if last is not None else None))
+    return page, total
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tasks per state (every state named) and reports."""
+
+    by_state: dict[str, int]
+    reports_waiting: int
+    dead_letters: int
+
+
+def counts(db: sqlite3.Connection) -> Counts:
+    """How many there are of everything."""
+    by_state = dict.fromkeys((str(state) for state in TaskState), 0)
+    by_state.update({row["state"]: row["n"] for row in db.execute(SQL["count_by_state"])})
+    reports = one(db, "count_reports")
+    return Counts(by_state, reports["waiting"], reports["dead"])

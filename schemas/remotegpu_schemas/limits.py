@@ -1,0 +1,66 @@
+"""Every bound of the system, each with its reason. At a bound the program refuses or drops by a stated rule."""
+
+from __future__ import annotations
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+# Ids name directories and rows. 128 characters hold a UUID with a prefix and fit NAME_MAX (255) with a suffix.
+ID_MAX_CHARS = 128
+ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
+
+# Linux refuses one argument or environment string above 128 KiB (MAX_ARG_STRLEN) with E2BIG.
+ARGUMENT_MAX_BYTES = 128 * KIB
+ARGUMENTS_MAX_COUNT = 4096
+ENVIRONMENT_MAX_COUNT = 2048
+NAME_MAX_CHARS = 256
+LABELS_MAX_COUNT = 64
+TIMEOUT_MAX_S = 366 * 86400.0
+RETRIES_MAX = 1000
+
+# Task files: a person writes them. A megabyte holds about 20,000 lines.
+TASK_FILE_MAX_BYTES = MIB
+YAML_MAX_DEPTH = 32
+YAML_MAX_NODES = 100_000
+YAML_MAX_ALIASES = 64
+CONFIG_MAX_BYTES = MIB
+
+# Control plane: a claim answer holds at most CLAIM_MAX_TASKS tasks, each with a script and an environment.
+CLAIM_MAX_TASKS = 64
+WIRE_ANSWER_MAX_BYTES = 32 * MIB
+WIRE_MESSAGE_MAX_CHARS = 2000
+PROGRESS_MESSAGE_MAX_CHARS = 500
+INLINE_OUTPUT_MAX_BYTES = 64 * KIB
+RETRY_AFTER_MAX_S = 3600.0
+
+# Output of one run. The first segment and the newest ones are kept.
+OUTPUT_LIMIT_DEFAULT_BYTES = 100 * MIB
+OUTPUT_LIMIT_MIN_BYTES = 64 * KIB
+OUTPUT_READ_MAX_BYTES = MIB
+
+# A run record has three lines; the spec carries arguments and environment (execve allows 2 MiB for both by default).
+RECORD_MAX_BYTES = 16 * MIB
+PROGRESS_FILE_MAX_BYTES = 64 * KIB
+
+# The agent's own API.
+API_BODY_MAX_BYTES = 4 * MIB
+API_LIST_MAX = 1000
+API_LIST_DEFAULT = 100
+API_FOLLOWERS_MAX = 64
+API_WAIT_MAX_S = 300.0
+API_STOP_ANSWER_S = 8.0
+
+# Store: units that wait for the writer; above it callers wait. One commit takes at most BATCH units.
+STORE_BATCH_MAX_UNITS = 128
+STORE_QUEUE_MAX_UNITS = 4096
+QUEUE_MAX_TASKS = 200_000
+OUTBOX_MAX_ROWS = 100_000
+
+# Reports on their way at once, over all attempts.
+REPORTS_IN_FLIGHT_MAX = 16
+REPORT_GIVE_UP_S = 86400.0
+
+# A run that ends through no fault of its task is repeated at no cost, but not for ever: a task that kills its own
+# supervisor each time would otherwise come back without end.
+FREE_RETRIES_MAX = 10
