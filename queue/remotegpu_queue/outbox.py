@@ -109,3 +109,8 @@ def drop_reports(db: sqlite3.Connection, attempt_id: AttemptId) -> None:
 def has_reports(db: sqlite3.Connection, attempt_id: AttemptId) -> bool:
     """Whether anything of this attempt waits for delivery."""
     return one(db, "has_reports", {"attempt_id": attempt_id}) is not None
+
+
+def drop_report(db: sqlite3.Connection, report_id: int) -> None:
+    """Forget one report that nobody wants."""
+    db.execute(SQL["report_delivered"], {"id": report_id})

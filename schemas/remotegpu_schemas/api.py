@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from remotegpu_schemas import limits
 from remotegpu_schemas.states import Cause, RunState, TaskState
@@ -84,11 +84,19 @@ class StopSignal(enum.StrEnum):
     SIGKILL = "SIGKILL"
 
 
-class ProcessStopRequest(Message):
-    """Body of POST /process/stop. `host_id` may be anything; deployed callers send their own id."""
+def _default_signal(value: object) -> object:
+    return StopSignal.SIGTERM if value in (None, "") else value
 
-    process_id: Annotated[int, Field(strict=True)]
-    signal: StopSignal = StopSignal.SIGTERM
+
+class ProcessStopRequest(Message):
+    """Body of POST /process/stop. `host_id` may be anything; deployed callers send their own id.
+
+    `process_id` is a JSON integer, never a string, float or bool, and fits the kernel's `pid_t`. An empty or null
+    `signal` is the default one.
+    """
+
+    process_id: Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
+    signal: Annotated[StopSignal, BeforeValidator(_default_signal)] = StopSignal.SIGTERM
     host_id: Any = None
 
 

@@ -1,0 +1,6 @@
+"""The agent's HTTP API: a thin skin over `Operations`, on TCP and on a Unix socket."""
+
+from remotegpu_agent.api.server import ApiServer
+from remotegpu_agent.api.settings import ApiSettings, Endpoints, LegacyCall, LegacyCaller
+
+__all__ = ["ApiServer", "ApiSettings", "Endpoints", "LegacyCall", "LegacyCaller"]

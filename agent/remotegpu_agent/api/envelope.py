@@ -1,0 +1,51 @@
+"""Every answer of the API: the envelope, on success and on error alike (protocol.md, section 2)."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Final
+
+from aiohttp import web
+from pydantic import SerializeAsAny
+
+from remotegpu_schemas.api import Envelope, Message
+from remotegpu_schemas.errors import CODES, Code
+
+MESSAGE_MAX_CHARS: Final = 64 * 1024
+"""A refused task file's whole report fits."""
+
+_AnyEnvelope = Envelope[SerializeAsAny[Message]]
+
+
+def rfc3339(wall_s: float) -> str:
+    """A time since the epoch as RFC 3339 in UTC, to the millisecond."""
+    moment = datetime.datetime.fromtimestamp(wall_s, datetime.UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def success(data: Message, now: float) -> web.Response:
+    """HTTP 200 with the data in an envelope."""
+    text = _AnyEnvelope(success=True, code=Code.OK, message="ok", data=data, timestamp=rfc3339(now)).model_dump_json()
+    return _json(text, CODES[Code.OK].http_status)
+
+
+def bare(data: Message) -> web.Response:
+    """HTTP 200 with the data at the top level."""
+    return _json(data.model_dump_json(), CODES[Code.OK].http_status)
+
+
+def failure(code: Code, message: str, now: float) -> web.Response:
+    """An error, with the HTTP status of its code."""
+    return _json(failure_text(code, message, now), CODES[code].http_status)
+
+
+def failure_text(code: Code, message: str, now: float) -> str:
+    """The error's envelope as one line of JSON."""
+    shown = message if len(message) <= MESSAGE_MAX_CHARS else message[:MESSAGE_MAX_CHARS] + "…"
+    sendable = shown.encode("utf-8", "replace").decode("utf-8")
+    envelope = _AnyEnvelope(success=False, code=code, message=sendable, data=None, timestamp=rfc3339(now))
+    return envelope.model_dump_json()
+
+
+def _json(text: str, status: int) -> web.Response:
+    return web.Response(body=text.encode("utf-8"), status=status, content_type="application/json")

@@ -1,0 +1,36 @@
+"""The table of calls. To add one: a handler, a line here, its models in `remotegpu_schemas.api`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from remotegpu_agent.api import handlers
+from remotegpu_agent.api.context import Route
+from remotegpu_agent.api.logs import read_logs
+from remotegpu_agent.api.settings import LegacyCall
+
+BASE_PATH: Final = "/api/v1"
+
+ROUTES: Final = (
+    Route(name="ping", method="GET", path="/ping", handler=handlers.ping, is_public=True),
+    Route(
+        name="system_info",
+        method="GET",
+        path="/system/info",
+        handler=handlers.system_info,
+        legacy_call=LegacyCall.SYSTEM_INFO,
+    ),
+    Route(
+        name="process_stop",
+        method="POST",
+        path="/process/stop",
+        handler=handlers.stop_process,
+        legacy_call=LegacyCall.PROCESS_STOP,
+    ),
+    Route(name="queue_status", method="GET", path="/queue/status", handler=handlers.queue_status),
+    Route(name="task_submit", method="POST", path="/tasks", handler=handlers.submit_tasks),
+    Route(name="task_list", method="GET", path="/tasks", handler=handlers.list_tasks),
+    Route(name="task_show", method="GET", path="/tasks/{task_id}", handler=handlers.show_task),
+    Route(name="task_cancel", method="POST", path="/tasks/{task_id}/cancel", handler=handlers.cancel_task),
+    Route(name="task_logs", method="GET", path="/tasks/{task_id}/logs", handler=read_logs),
+)

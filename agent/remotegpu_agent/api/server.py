@@ -1,0 +1,184 @@
+"""The server's life: open the sockets, serve, and stop quickly with whatever is open. Knows no operation."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import structlog
+from aiohttp import web
+
+from remotegpu_agent.api import middlewares
+from remotegpu_agent.api.auth import Rules
+from remotegpu_agent.api.context import CONTEXT, Context, Followers, Route
+from remotegpu_agent.api.origins import own_names
+from remotegpu_agent.api.routes import BASE_PATH, ROUTES
+from remotegpu_agent.api.settings import (
+    REQUEST_LINE_MAX_BYTES,
+    STOP_PATIENCE_S,
+    ApiSettings,
+    Endpoints,
+)
+from remotegpu_agent.api.sockets import group_id_of, open_tcp, open_unix, parse_listen, remove_unix, url_of
+from remotegpu_agent.api.tokens import TokenSet, load_tokens, make_token_file
+from remotegpu_agent.audit import AuditLog
+from remotegpu_agent.operations import Operations
+from remotegpu_schemas.errors import Misconfigured
+
+DEFAULT_TOKENS_FILE: Final = "api-token"
+
+log: structlog.typing.FilteringBoundLogger = structlog.get_logger(__name__)
+
+
+class ApiServer:
+    """Serves `operations` on TCP and on the Unix socket between `start` and `stop`."""
+
+    def __init__(
+        self,
+        operations: Operations,
+        settings: ApiSettings,
+        audit: AuditLog,
+        *,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._operations = operations
+        self._settings = settings
+        self._audit = audit
+        self._now = now
+        self._stopping = asyncio.Event()
+        self._pending: set[asyncio.Task[web.StreamResponse]] = set()
+        self._followers = Followers(settings.followers_max)
+        self._runner: web.AppRunner | None = None
+        self._sockets: list[socket.socket] = []
+        self._socket_inode: int | None = None
+        self._endpoints = Endpoints(None, None)
+
+    @property
+    def endpoints(self) -> Endpoints:
+        """Where it really listens; empty before `start`."""
+        return self._endpoints
+
+    @property
+    def follower_count(self) -> int:
+        """Clients that follow output now."""
+        return self._followers.count
+
+    async def start(self) -> Endpoints:
+        """Open the sockets, make the token file if it is due, and serve.
+
+        Raises Misconfigured, with nothing left open.
+        """
+        try:
+            tokens = self._load_tokens()
+            self._endpoints = self._open_sockets()
+            await self._serve(tokens)
+        except BaseException:
+            await self.stop()
+            raise
+        log.info(
+            "api_listening", url=self._endpoints.url, socket=self._endpoints.socket and str(self._endpoints.socket)
+        )
+        return self._endpoints
+
+    async def stop(self) -> None:
+        """Stop serving: long polls and streams end at once, the rest gets a moment. Safe to call twice."""
+        self._stopping.set()
+        if self._runner is not None:
+            runner, self._runner = self._runner, None
+            for site in runner.sites:
+                await site.stop()
+            await self._end_changes()
+            await runner.cleanup()
+            await self._end_changes()
+        for sock in self._sockets:
+            sock.close()
+        self._sockets.clear()
+        if self._settings.socket is not None and self._socket_inode is not None:
+            remove_unix(self._settings.socket, self._socket_inode)
+            self._socket_inode = None
+
+    async def _end_changes(self) -> None:
+        if self._pending:
+            await asyncio.wait(self._pending, timeout=STOP_PATIENCE_S)
+        for change in self._pending:
+            change.cancel()
+        await asyncio.gather(*self._pending, return_exceptions=True)
+
+    def _load_tokens(self) -> TokenSet:
+        if self._settings.tokens_file is not None:
+            return load_tokens(self._settings.tokens_file)
+        path = self._settings.state_dir / DEFAULT_TOKENS_FILE
+        make_token_file(path)
+        return load_tokens(path)
+
+    def _open_sockets(self) -> Endpoints:
+        url: str | None = None
+        if self._settings.listen is not None:
+            address, port = parse_listen(self._settings.listen)
+            if not address.is_loopback and self._settings.tokens_file is None:
+                raise Misconfigured(
+                    f"api.listen: {self._settings.listen} is reachable from other hosts; name the accepted tokens in "
+                    "api.tokens_file, or listen on 127.0.0.1"
+                )
+            self._sockets.append(open_tcp(address, port))
+            url = url_of(self._sockets[-1])
+        path: Path | None = self._settings.socket
+        if path is not None:
+            self._sockets.append(open_unix(path, group_id_of(self._settings.socket_group)))
+            self._socket_inode = path.lstat().st_ino
+        return Endpoints(url, path)
+
+    async def _serve(self, tokens: TokenSet) -> None:
+        self._runner = web.AppRunner(
+            self._application(tokens),
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=STOP_PATIENCE_S,
+            lingering_time=STOP_PATIENCE_S,
+            max_line_size=REQUEST_LINE_MAX_BYTES,
+            auto_decompress=False,
+        )
+        await self._runner.setup()
+        for sock in self._sockets:
+            await web.SockSite(self._runner, sock).start()
+
+    def _application(self, tokens: TokenSet) -> web.Application:
+        app = web.Application(
+            middlewares=[middlewares.outlive_caller, middlewares.answer, middlewares.guard, middlewares.read_body],
+            client_max_size=self._settings.body_max_bytes,
+        )
+        routes: dict[object, Route] = {
+            app.router.add_route(route.method, BASE_PATH + route.path, route.handler): route for route in ROUTES
+        }
+        app[CONTEXT] = Context(
+            operations=self._operations,
+            settings=self._settings,
+            rules=Rules(
+                tokens=tokens,
+                own_uid=os.geteuid(),
+                group_id=group_id_of(self._settings.socket_group),
+                legacy_callers=self._settings.legacy_callers,
+            ),
+            host_names=own_names(socket.gethostname(), self._settings.allowed_hosts),
+            audit=self._audit,
+            now=self._now,
+            own_pid=os.getpid(),
+            followers=self._followers,
+            stopping=self._stopping,
+            routes=routes,
+            pending=self._pending,
+        )
+        app.on_response_prepare.append(_set_headers)
+        return app
+
+
+async def _set_headers(_request: web.Request, response: web.StreamResponse) -> None:
+    """What every answer says: nothing here is for a cache, or to be guessed at, and the program is named, no more."""
+    response.headers["Cache-Control"] = "no-store"
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Server"] = "remotegpu-agent"

@@ -1,0 +1,82 @@
+"""What an operator and the daemon set about the API, and where it listens in the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import ipaddress
+from pathlib import Path
+from typing import Final, TypeAlias
+
+from remotegpu_schemas import limits
+
+IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
+IpNetwork: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+SOCKET_GROUP: Final = "remotegpu"
+"""Members of this group may use the Unix socket."""
+
+BODY_DEADLINE_S: Final = 10.0
+"""A whole body arrives within this time: 4 MiB at 3.4 Mbit/s."""
+
+KEEP_ALIVE_S: Final = 15.0
+"""A silent event stream sends a comment this often, so that proxies keep it and dead clients are found."""
+
+SLOW_READER_S: Final = 30.0
+"""A client that does not take one event for this long loses its stream: its place is wanted."""
+
+REQUEST_LINE_MAX_BYTES: Final = 16 * limits.KIB
+"""Long enough that an absurd id still gets an answer that says what is wrong with it."""
+
+STOP_PATIENCE_S: Final = 1.0
+"""How long requests that are being answered may take when the server stops."""
+
+
+STOP_ANSWER_SLACK_S: Final = 1.0
+"""`Operations.stop_process` answers within 8 s; this much later the API answers for it. Callers wait for 10 s."""
+
+
+class LegacyCall(enum.StrEnum):
+    """The calls that `legacy_callers` may open to callers without a token."""
+
+    SYSTEM_INFO = "system_info"
+    PROCESS_STOP = "process_stop"
+
+
+@dataclasses.dataclass(frozen=True)
+class LegacyCaller:
+    """Callers in `network` may make the calls in `allow` without a token; each use is audited."""
+
+    network: IpNetwork
+    allow: frozenset[LegacyCall]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ApiSettings:
+    """The `api` section of the config, with what the server needs to know beside it. Durations are seconds."""
+
+    state_dir: Path
+    machine_id: str
+    listen: str | None = "127.0.0.1:8090"
+    """`ADDRESS:PORT`, port 0 for a free one; None switches TCP off."""
+    socket: Path | None = None
+    """None switches the Unix socket off."""
+    socket_group: str = SOCKET_GROUP
+    tokens_file: Path | None = None
+    """None means `<state_dir>/api-token`, made at the first start."""
+    allowed_hosts: tuple[str, ...] = ()
+    legacy_callers: tuple[LegacyCaller, ...] = ()
+    body_max_bytes: int = limits.API_BODY_MAX_BYTES
+    body_deadline_s: float = BODY_DEADLINE_S
+    followers_max: int = limits.API_FOLLOWERS_MAX
+    keep_alive_s: float = KEEP_ALIVE_S
+    slow_reader_s: float = SLOW_READER_S
+    stop_answer_s: float = limits.API_STOP_ANSWER_S + STOP_ANSWER_SLACK_S
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoints:
+    """Where the server really listens; `url` has the port that was given out."""
+
+    url: str | None
+    socket: Path | None

@@ -1,0 +1,215 @@
+"""Claims tasks: asks only for what can start now, by long poll where the plane holds the request, else at intervals."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from remotegpu_agent.clock import Clock
+from remotegpu_agent.control_plane import ControlPlane, Reply
+from remotegpu_agent.dispatch import Dispatcher
+from remotegpu_queue import backoff, leasing, outbox, units
+from remotegpu_queue.store import Store
+from remotegpu_queue.units import ClaimResult, NewAttempt
+from remotegpu_schemas import limits
+from remotegpu_schemas.attempt import AttemptId
+from remotegpu_schemas.states import EXIT_NOT_EXECUTABLE, Cause, TaskState
+from remotegpu_schemas.wire import (
+    Claim,
+    ClaimRequest,
+    CompleteReport,
+    JsonObject,
+    RefusedClaim,
+    UnusableClaim,
+    Verdict,
+    format_time,
+    parse_claims,
+)
+
+log = structlog.get_logger(__name__)
+
+_HELD_SHARE: Final = 0.5
+"""An empty answer that took less than this share of `wait_sec` was not held by the plane."""
+
+
+@dataclass(frozen=True)
+class ClaimSettings:
+    """Names and cadence; durations in seconds. `long_poll_s` 0 switches long polls off."""
+
+    agent_id: str
+    machine_id: str
+    boot_id: str
+    poll_interval_s: float
+    long_poll_s: float
+    default_ttl_s: float
+    margin_s: float
+
+
+class Claimer:
+    """One loop that claims. `on_claimed` learns of each stored answer; wake it with `changed`."""
+
+    def __init__(
+        self,
+        store: Store,
+        plane: ControlPlane,
+        dispatcher: Dispatcher,
+        clock: Clock,
+        settings: ClaimSettings,
+        *,
+        random: Callable[[], float],
+        new_id: Callable[[], str],
+        blocked: Callable[[], list[str]],
+        on_claimed: Callable[[Sequence[ClaimResult]], Awaitable[None]],
+    ) -> None:
+        self._store = store
+        self._plane = plane
+        self._dispatcher = dispatcher
+        self._clock = clock
+        self._settings = settings
+        self._random = random
+        self._new_id = new_id
+        self._blocked = blocked
+        self._on_claimed = on_claimed
+        self._changed = asyncio.Event()
+        self._failures = 0
+
+    def changed(self) -> None:
+        """Capacity became free, or a reason not to claim went away."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Claim for ever."""
+        while True:
+            self._changed.clear()
+            room = self._room()
+            if room <= 0:
+                await self._changed.wait()
+                continue
+            pause_s = await self._claim(room)
+            if pause_s > 0:
+                await asyncio.sleep(pause_s)
+
+    def _room(self) -> int:
+        """How many tasks could start now."""
+        if self._blocked():
+            return 0
+        free = self._dispatcher.free().slots - self._dispatcher.waiting_count
+        return min(free, limits.CLAIM_MAX_TASKS)
+
+    async def _claim(self, room: int) -> float:
+        """One claim, repeated with the same request id until it is answered. Returns how long to pause (s)."""
+        request = self._request(room)
+        first_sent_ns: int | None = None
+        while True:
+            asked_ns = self._clock.boottime_ns()
+            reply = await self._plane.claim(request)
+            first_sent_ns = reply.sent_boottime_ns if first_sent_ns is None else first_sent_ns
+            if reply.verdict is Verdict.OK:
+                self._failures = 0
+                return await self._take(reply, first_sent_ns, (self._clock.boottime_ns() - asked_ns) / 1e9)
+            self._failures += 1
+            log.warning("a claim was not answered", error=reply.answer.message, failures=self._failures)
+            await asyncio.sleep(self._retry_after_s(reply))
+            if reply.verdict is not Verdict.RETRY:
+                return 0.0  # the plane did answer: the next claim is a new one
+
+    def _request(self, room: int) -> ClaimRequest:
+        free = self._dispatcher.free()
+        wait_s = round(self._settings.long_poll_s)
+        return ClaimRequest(
+            agent_id=self._settings.agent_id,
+            machine_id=self._settings.machine_id,
+            limit=room,
+            request_id=self._new_id(),
+            wait_sec=wait_s or None,
+            capacity={
+                "slots": free.slots,
+                "cpus": free.cpus,
+                "memory_mb": free.memory_mb,
+                "gpus": [],
+                "blocked": self._blocked(),
+            },
+        )
+
+    def _retry_after_s(self, reply: Reply) -> float:
+        is_slow = reply.verdict is Verdict.UNAUTHORIZED
+        pause_s = backoff.full_jitter(
+            self._failures - 1,
+            base_s=5.0 if is_slow else 0.5,
+            cap_s=300.0 if is_slow else 30.0,
+            fraction=self._random(),
+        )
+        return max(pause_s, reply.answer.retry_after_s or 0.0)
+
+    async def _take(self, reply: Reply, first_sent_ns: int, took_s: float) -> float:
+        items = parse_claims(reply.answer.data)
+        claims = [item for item in items if isinstance(item, Claim)]
+        for item in items:
+            if isinstance(item, UnusableClaim):
+                log.error("a claimed task cannot be used", reason=item.reason)
+        refused = [item for item in items if isinstance(item, RefusedClaim)]
+        if claims or refused:
+            results = await self._store_claims(claims, refused, reply, first_sent_ns)
+            await self._on_claimed(results)
+            return 0.0 if any(result.is_new for result in results) else self._settings.poll_interval_s
+        was_held = self._settings.long_poll_s > 0 and took_s >= self._settings.long_poll_s * _HELD_SHARE
+        return 0.0 if was_held else self._settings.poll_interval_s
+
+    async def _store_claims(
+        self, claims: Sequence[Claim], refused: Sequence[RefusedClaim], reply: Reply, first_sent_ns: int
+    ) -> list[ClaimResult]:
+        mine = [claim for claim in claims if self._is_for_me(claim)]
+        attempts = [self._attempt(claim, reply, first_sent_ns) for claim in mine]
+        reports = [(item, self._refusal(item)) for item in refused]
+        now_ms, boot_id = self._clock.wall_ms(), self._settings.boot_id
+
+        def unit(db: sqlite3.Connection) -> list[ClaimResult]:
+            for item, body in reports:
+                outbox.add_report(db, item.attempt_id, "complete", body, now_ms, boot_id, item.task_id)
+            return units.add_claims(db, attempts, now_ms)
+
+        for item in refused:
+            log.error("a claimed task is refused", task_id=item.task_id, reason=item.reason)
+        return await self._store.write(unit)
+
+    def _is_for_me(self, claim: Claim) -> bool:
+        if claim.machine_id in {None, self._settings.machine_id}:
+            return True
+        log.error("a claimed task is for another machine", task_id=claim.task.id, machine_id=claim.machine_id)
+        return False
+
+    def _attempt(self, claim: Claim, reply: Reply, first_sent_ns: int) -> NewAttempt:
+        ttl_s, counts_from_first = leasing.claimed_ttl_s(
+            claim.lease_ttl_s, claim.lease_expires_at, reply.answer.date, self._settings.default_ttl_s
+        )
+        sent_ns = first_sent_ns if counts_from_first else reply.sent_boottime_ns
+        # A lease that had ended when the answer was written is kept as one that has just ended.
+        lease = leasing.lease(max(ttl_s, 0.001), sent_ns, self._settings.margin_s, self._settings.boot_id)
+        return NewAttempt(
+            task=claim.task,
+            attempt_id=AttemptId(claim.attempt_id),
+            origin="control_plane",
+            boot_id=self._settings.boot_id,
+            lease=lease,
+            renew_interval_s=claim.renew_interval_s,
+            retries_used=claim.retries_used,
+        )
+
+    def _refusal(self, item: RefusedClaim) -> JsonObject:
+        return CompleteReport(
+            agent_id=self._settings.agent_id,
+            attempt_id=item.attempt_id,
+            exit_code=EXIT_NOT_EXECUTABLE,
+            stdout="",
+            stderr="",
+            error=f"the agent cannot run this task: {item.reason}"[: limits.WIRE_MESSAGE_MAX_CHARS],
+            status=TaskState.FAILED,
+            cause=Cause.POLICY_REFUSED,
+            ended_at=format_time(self._clock.wall_ms() / 1000),
+            runs=0,
+        ).body()

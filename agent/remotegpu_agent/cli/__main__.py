@@ -1,0 +1,5 @@
+"""`python -m remotegpu_agent.cli`."""
+
+from remotegpu_agent.cli.app import main
+
+main()

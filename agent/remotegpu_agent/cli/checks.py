@@ -1,0 +1,303 @@
+"""The checks behind `doctor`, each a generator of findings; none changes anything, none needs a running agent."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import http.client
+import json
+import os
+import platform
+import shutil
+import socket
+import ssl
+import sys
+import time
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from remotegpu_agent import VERSION
+from remotegpu_agent.cli.context import Globals
+from remotegpu_agent.cli.exits import Stop, Unreachable
+
+if TYPE_CHECKING:
+    from remotegpu_agent.config import Config
+
+_CLOCK_BOOTTIME: Final = 7
+_PR_GET_CHILD_SUBREAPER: Final = 37
+_CONNECT_TIMEOUT_S: Final = 5.0
+_FREE_DISK_MIN_BYTES: Final = 1 << 30
+_FREE_SHARE_MIN: Final = 0.05
+
+
+class Level(enum.StrEnum):
+    """How bad it is."""
+
+    OK = "ok"
+    WARNING = "warning"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding; `mend` says what to do, if there is something to do."""
+
+    subject: str
+    level: Level
+    text: str
+    mend: str = ""
+
+
+def all_checks(options: Globals) -> Iterator[Check]:
+    """Everything, in the order in which an operator would look."""
+    yield _python()
+    yield from _kernel()
+    yield _shell()
+    config = None
+    for found in _config(options):
+        if isinstance(found, Check):
+            yield found
+        else:
+            config = found
+    is_running = False
+    for check in _agent(options):
+        is_running = check.level is Level.OK
+        yield check
+    if config is not None:
+        yield from _state_dir(config)
+        yield from _secrets(config, options)
+        if not is_running:
+            yield from _port(config)
+        yield from _control_plane(config, options)
+
+
+def _python() -> Check:
+    text = f"{platform.python_version()} at {sys.executable}, remotegpu-agent {VERSION}"
+    if sys.version_info < (3, 11):  # noqa: UP036 - this is the check
+        return Check("python", Level.PROBLEM, text, "install Python 3.11 or newer")
+    return Check("python", Level.OK, text)
+
+
+def _kernel() -> Iterator[Check]:
+    """The features that supervision stands on: pidfd_open(2), timerfd_create(2), prctl(2), proc(5)."""
+    release = platform.release()
+    missing = []
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        missing.append("pidfd_open")
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        time.clock_gettime(time.CLOCK_BOOTTIME)
+        descriptor = libc.timerfd_create(_CLOCK_BOOTTIME, 0)
+        if descriptor < 0:
+            missing.append("timerfd with CLOCK_BOOTTIME")
+        else:
+            os.close(descriptor)
+    except (AttributeError, OSError):
+        missing.append("CLOCK_BOOTTIME")
+    if libc.prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(ctypes.c_int()), 0, 0, 0) != 0:
+        missing.append("child subreaper")
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        missing.append("/proc/PID/task/TID/children (CONFIG_PROC_CHILDREN)")
+    if missing:
+        yield Check(
+            "kernel",
+            Level.PROBLEM,
+            f"{release} lacks {', '.join(missing)}",
+            "use Linux 5.4 or newer, with /proc mounted, and no sandbox that hides these",
+        )
+    else:
+        yield Check("kernel", Level.OK, f"{release} has pidfd, CLOCK_BOOTTIME timers, subreaper, /proc children")
+
+
+def _shell() -> Check:
+    found = shutil.which("bash", path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    if found is None:
+        return Check("bash", Level.WARNING, "not found: commands without args and scripts need it", "install bash")
+    return Check("bash", Level.OK, found)
+
+
+def _config(options: Globals) -> Iterator[Check | Config]:
+    from remotegpu_agent.config import DEFAULT_PATH, check_files, load_config
+    from remotegpu_schemas.errors import Misconfigured
+
+    path = options.config or DEFAULT_PATH
+    try:
+        config = load_config(options.config, options.environ)
+    except Misconfigured as error:
+        yield Check("config", Level.PROBLEM, str(error), "mend it; `remotegpu-agent config check` shows this again")
+        return
+    if not path.exists():
+        yield Check("config", Level.OK, f"{path} does not exist: defaults, a stand-alone agent")
+    else:
+        yield Check("config", Level.OK, str(path))
+    for problem in check_files(config, options.environ):
+        key, _, text = problem.partition(": ")
+        yield Check(key, Level.PROBLEM, text)
+    yield config
+
+
+def _agent(options: Globals) -> Iterator[Check]:
+    try:
+        ping = options.client().get("/ping")
+    except Unreachable as error:
+        yield Check("agent", Level.WARNING, str(error))
+        return
+    except Stop as error:
+        yield Check("agent", Level.PROBLEM, str(error))
+        return
+    version, state = ping.get("version"), ping.get("state")
+    text = f"runs, version {version}, {state}"
+    if version != VERSION:
+        yield Check("agent", Level.WARNING, f"{text}, while this program is {VERSION}", "restart the agent")
+    elif state not in {"ready", None}:
+        yield Check("agent", Level.WARNING, text, "`remotegpu-agent status` says why")
+    else:
+        yield Check("agent", Level.OK, text)
+
+
+def _state_dir(config: Config) -> Iterator[Check]:
+    path = config.agent.state_dir
+    if not path.is_dir():
+        yield Check("state directory", Level.OK, f"{path} does not exist yet; the agent makes it")
+        return
+    space = os.statvfs(path)
+    free, total = space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize
+    text = f"{path}: {free / (1 << 30):.1f} GiB of {total / (1 << 30):.1f} GiB free"
+    share = free / total if total else 1.0
+    if free < _FREE_DISK_MIN_BYTES or share < _FREE_SHARE_MIN:
+        yield Check("state directory", Level.WARNING, text, "free some space: results are kept here until delivered")
+    elif space.f_files and space.f_favail / space.f_files < _FREE_SHARE_MIN:
+        yield Check("state directory", Level.WARNING, f"{text}, but few inodes", "remove small files")
+    else:
+        yield Check("state directory", Level.OK, text)
+
+
+def _secrets(config: Config, options: Globals) -> Iterator[Check]:
+    from remotegpu_agent.config import token_path
+
+    paths = [token_path(config, options.environ) if config.control_plane.url else None, config.api.tokens_file]
+    paths.append(config.control_plane.client_key_file)
+    for path in paths:
+        try:
+            mode = path.stat().st_mode & 0o777 if path is not None else 0
+        except OSError:
+            continue  # reported with the config already
+        if path is not None and mode & 0o077:
+            text = f"{path} can be read by others (mode {mode:04o})"
+            yield Check("secrets", Level.WARNING, text, f"chmod 600 {path}")
+        elif path is not None:
+            yield Check("secrets", Level.OK, f"{path} is for its owner only")
+
+
+def _port(config: Config) -> Iterator[Check]:
+    from remotegpu_agent.config import split_listen
+
+    if config.api.listen is None:
+        return
+    address, port = split_listen(config.api.listen)
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((str(address), port))
+        except OSError as error:
+            mend = "stop what listens there (ss -ltnp), or set another port in api.listen"
+            yield Check("api.listen", Level.PROBLEM, f"{config.api.listen}: {error.strerror or error}", mend)
+        else:
+            yield Check("api.listen", Level.OK, f"{config.api.listen} is free")
+
+
+def _control_plane(config: Config, options: Globals) -> Iterator[Check]:
+    """Name, connection, HTTP and token, by a renewal of a task that cannot exist: it changes nothing there."""
+    subject = "control plane"
+    url = config.control_plane.url
+    if url is None:
+        yield Check(subject, Level.OK, "none is set: a stand-alone agent for local tasks")
+        return
+    parts = urllib.parse.urlsplit(url)
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        addresses = sorted({str(item[4][0]) for item in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
+    except OSError as error:
+        reason = error.strerror or error
+        yield Check(subject, Level.PROBLEM, f"{host} has no address: {reason}", "check control_plane.url and the DNS")
+        return
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        text = f"{host} ({', '.join(addresses)}) takes no connection on port {port}: {error.strerror or error}"
+        yield Check(subject, Level.PROBLEM, text, "is it running, and does a firewall stand between?")
+        return
+    if parts.scheme == "http" and not _is_loopback(addresses):
+        text = f"{url} is not encrypted: the token can be read on the way"
+        yield Check(subject, Level.WARNING, text, "use https if the plane has it")
+    yield from _http_check(config, options, parts, port)
+
+
+def _is_loopback(addresses: list[str]) -> bool:
+    return all(address.startswith("127.") or address == "::1" for address in addresses)
+
+
+def _http_check(config: Config, options: Globals, parts: urllib.parse.SplitResult, port: int) -> Iterator[Check]:
+    from remotegpu_agent.config import read_control_plane_token
+
+    subject, plane = "control plane", config.control_plane
+    try:
+        token = read_control_plane_token(config, options.environ)
+        connection = _open(config, parts, port)
+        body = {"agent_id": config.agent.id or "remotegpu-doctor", "attempt_id": "remotegpu-doctor", "extend_sec": 1}
+        connection.request(
+            "POST",
+            parts.path.rstrip("/") + "/api/v1/agent/tasks/remotegpu-doctor/lease/renew",
+            body=json.dumps(body),
+            headers={"Content-Type": "application/json", "X-Agent-Token": token, "Authorization": f"Bearer {token}"},
+        )
+        response = connection.getresponse()
+        answer = response.read(1 << 20)
+        connection.close()
+    except ValueError:
+        return  # no usable token; reported with the config already
+    except ssl.SSLError as error:
+        text = f"TLS with {plane.url} fails: {getattr(error, 'verify_message', '') or error.reason or error}"
+        yield Check(subject, Level.PROBLEM, text, "check control_plane.ca_file and the clock of this host")
+        return
+    except (OSError, http.client.HTTPException) as error:
+        yield Check(
+            subject, Level.PROBLEM, f"{plane.url} does not speak HTTP as it should: {error or type(error).__name__}"
+        )
+        return
+    code = _envelope_code(answer)
+    if response.status in {401, 403} or code in {401, 403}:
+        text = f"{plane.url} refuses the token (HTTP {response.status})"
+        yield Check(subject, Level.PROBLEM, text, "put the token of this machine into control_plane.token_file")
+    elif code is None:
+        text = f"{plane.url} answers HTTP {response.status}, but not as a control plane"
+        yield Check(subject, Level.WARNING, text, "check the host, port and path of control_plane.url")
+    elif response.status >= 500 or code in range(500, 600) or code == 30099:
+        yield Check(subject, Level.WARNING, f"{plane.url} answers with an internal error", "look into its log")
+    else:
+        yield Check(subject, Level.OK, f"{plane.url} answers and takes the token")
+
+
+def _open(config: Config, parts: urllib.parse.SplitResult, port: int) -> http.client.HTTPConnection:
+    plane, host = config.control_plane, parts.hostname or ""
+    if parts.scheme == "http":
+        return http.client.HTTPConnection(host, port, timeout=_CONNECT_TIMEOUT_S)
+    context = ssl.create_default_context(cafile=str(plane.ca_file) if plane.ca_file else None)
+    if plane.client_cert_file is not None:
+        context.load_cert_chain(plane.client_cert_file, plane.client_key_file)
+    return http.client.HTTPSConnection(host, port, timeout=_CONNECT_TIMEOUT_S, context=context)
+
+
+def _envelope_code(body: bytes) -> int | None:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    code = value.get("code") if isinstance(value, dict) else None
+    return code if isinstance(code, int) else None

@@ -1,0 +1,217 @@
+"""`submit`: task files, or one command, to the agent on this host."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from remotegpu_agent.cli.context import Globals, globals_of, say
+from remotegpu_agent.cli.exits import INVALID_PARAMETERS, Exit, RefusedByAgent, Stop
+
+if TYPE_CHECKING:
+    from remotegpu_agent.cli.client import Client
+
+_YAML = "application/yaml"
+_JSON = "application/json"
+_REPORT_LINE = re.compile(r"^body:\d+:\d+: (.*)$", re.MULTILINE)
+_BODY = re.compile(r"^body(?=:)", re.MULTILINE)
+
+
+def submit(
+    context: typer.Context,
+    files: Annotated[
+        list[str] | None, typer.Argument(metavar="FILE...", help="Task files; - is standard input. Or: -- CMD ARG...")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait, and end with the task's exit code.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Show the output as it comes, then end as --wait.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and show what would be submitted.")] = False,
+    priority: Annotated[
+        int | None, typer.Option("--priority", min=1, max=10, help="1 is the most urgent, over what the file says.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=0, max=64, help="For a command: so many GPUs.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="For a command: the task's name.")] = None,
+    env: Annotated[list[str] | None, typer.Option("--env", metavar="K=V", help="For a command; repeatable.")] = None,
+    timeout: Annotated[str | None, typer.Option("--timeout", help="For a command: such as 90s, 10m, 24h.")] = None,
+    workdir: Annotated[str | None, typer.Option("--workdir", metavar="DIR", help="For a command.")] = None,
+) -> None:
+    """Submit the tasks of files, or one command behind `--`.
+
+    All files are checked before the first is sent. With --wait or --follow the exit code is the task's own (128 + n
+    for a signal, 124 timed out), 125 for anything that is not the task's doing; the highest of several.
+
+    Examples: remotegpu-agent submit --wait train.yaml
+
+    remotegpu-agent submit --gpus 1 --timeout 2h --follow -- python train.py --epochs 3
+    """
+    options = globals_of(context)
+    try:
+        bodies = _bodies(options, files or [], priority, gpus, name, env or [], timeout, workdir)
+        if dry_run:
+            _show_dry_run(options, bodies)
+            return
+        code = _submit(options, bodies, waits=wait or follow, follows=follow)
+    except Stop as stop:
+        if not (wait or follow):
+            raise
+        raise Stop(Exit.OURS, str(stop)) from stop
+    raise typer.Exit(code)
+
+
+def _bodies(
+    options: Globals,
+    files: Sequence[str],
+    priority: int | None,
+    gpus: int | None,
+    name: str | None,
+    env: Sequence[str],
+    timeout: str | None,
+    workdir: str | None,
+) -> list[tuple[str | None, bytes]]:
+    """Name and content of each request; the name is None for a command."""
+    command = options.command
+    if command is not None and files:
+        raise Stop(Exit.USAGE, "give task files, or a command behind --, not both")
+    if command is not None:
+        return [(None, _command_body(command, priority, gpus, name, env, timeout, workdir))]
+    if not files:
+        raise Stop(
+            Exit.USAGE,
+            "nothing to submit: name task files (- is standard input), or write a command behind --, as in "
+            "remotegpu-agent submit -- nvidia-smi",
+        )
+    given = {"--gpus": gpus, "--name": name, "--env": env or None, "--timeout": timeout, "--workdir": workdir}
+    misplaced = [option for option, value in given.items() if value is not None]
+    if misplaced:
+        raise Stop(Exit.USAGE, f"{', '.join(misplaced)}: for a command behind -- only; write it into the task file")
+    return _file_bodies(files, priority)
+
+
+def _command_body(
+    command: Sequence[str],
+    priority: int | None,
+    gpus: int | None,
+    name: str | None,
+    env: Sequence[str],
+    timeout: str | None,
+    workdir: str | None,
+) -> bytes:
+    if not command:
+        raise Stop(Exit.USAGE, "there is no command behind --; write for example: remotegpu-agent submit -- nvidia-smi")
+    task: dict[str, Any] = {"command": command[0], "args": list(command[1:])}
+    if env:
+        task["env"] = dict(_variable(text) for text in env)
+    if gpus is not None:
+        task["resources"] = {"gpus": gpus}
+    given = {"priority": priority, "name": name, "timeout": timeout, "workdir": workdir}
+    task.update({key: value for key, value in given.items() if value is not None})
+    try:
+        return json.dumps({"task": task}, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise Stop(Exit.USAGE, "the command has bytes that are not UTF-8; put it into a script") from None
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, has_value, value = text.partition("=")
+    if not has_value or not name:
+        raise Stop(Exit.USAGE, f"--env: {text[:40]!r} is not NAME=VALUE")
+    return name, value
+
+
+def _file_bodies(files: Sequence[str], priority: int | None) -> list[tuple[str | None, bytes]]:
+    """The files, all of them checked. Raises Stop with the report on every file that cannot be used."""
+    from remotegpu_agent.cli.files import read_task_file
+    from remotegpu_schemas.problems import InvalidFile, Problem, render_report
+    from remotegpu_schemas.taskfile import CONSEQUENCE, load_task_file, override_tasks
+
+    bodies: list[tuple[str | None, bytes]] = []
+    problems: list[Problem] = []
+    for file in files:
+        name, text = read_task_file(file)
+        try:
+            load_task_file(text, name)
+        except InvalidFile as error:
+            problems += error.problems
+        else:
+            bodies.append((name, text if priority is None else override_tasks(text, name, {"priority": priority})))
+    if problems:
+        say(render_report(problems, CONSEQUENCE))
+        raise Stop(Exit.USAGE, "")
+    return bodies
+
+
+def _show_dry_run(options: Globals, bodies: Sequence[tuple[str | None, bytes]]) -> None:
+    from remotegpu_agent.cli.output import print_json
+    from remotegpu_schemas.problems import InvalidFile
+    from remotegpu_schemas.task import TaskId
+    from remotegpu_schemas.taskfile import load_task_file
+
+    tasks = []
+    for name, body in bodies:
+        try:
+            submissions = load_task_file(body, name or "body")
+        except InvalidFile as error:
+            raise Stop(Exit.USAGE, _messages(str(error))) from None
+        for item in submissions:
+            task = item.task(TaskId(item.form.id or "unnamed")).model_dump(mode="json", exclude_defaults=True)
+            tasks.append({**task, "id": item.form.id})
+    if options.is_json:
+        print_json({"tasks": tasks})
+        return
+    for task in tasks:
+        print(json.dumps({key: value for key, value in task.items() if value is not None}, ensure_ascii=False))
+    say(f"{len(tasks)} task{'' if len(tasks) == 1 else 's'} would be submitted; this was a dry run.")
+
+
+def _submit(options: Globals, bodies: Sequence[tuple[str | None, bytes]], *, waits: bool, follows: bool) -> int:
+    from remotegpu_agent.cli import following, output
+
+    if follows and options.is_json:
+        raise Stop(Exit.USAGE, "--json is one document, and --follow shows the task's own output; use one of them")
+    client = options.client()
+    task_ids: list[str] = []
+    for name, body in bodies:
+        new_ids = _post(client, name, body)
+        task_ids += new_ids
+        if not options.is_json:
+            for task_id in new_ids:
+                # With --follow standard output is the task's.
+                say(f"task {task_id}") if follows else print(task_id, flush=True)
+    if not waits:
+        if options.is_json:
+            output.print_json({"task_ids": task_ids})
+        return Exit.DONE
+    try:
+        if follows:
+            following.follow(client, following.one_of_a_kind(task_ids), ("stdout", "stderr"), following.write_output)
+        details = [following.wait_for(client, task_id) for task_id in task_ids]
+    except KeyboardInterrupt:
+        say(f"interrupted; the task goes on: remotegpu-agent wait {' '.join(task_ids)}")
+        return Exit.INTERRUPTED
+    for detail in details:
+        say(following.describe_end(detail))
+    code = following.worst([following.exit_code_of(detail) for detail in details])
+    if options.is_json:
+        output.print_json({"task_ids": task_ids, "tasks": details, "exit_code": code})
+    return code
+
+
+def _post(client: Client, name: str | None, body: bytes) -> list[str]:
+    try:
+        answer = client.post("/tasks", body, _JSON if name is None else _YAML)
+    except RefusedByAgent as refusal:
+        if refusal.business_code != INVALID_PARAMETERS:
+            raise
+        if name is None:
+            raise Stop(Exit.USAGE, _messages(refusal.text)) from None
+        renamed = _BODY.sub(lambda _match: name, refusal.text)
+        raise RefusedByAgent(refusal.business_code, renamed) from None
+    return [str(task_id) for task_id in answer.get("task_ids", [])]
+
+
+def _messages(report: str) -> str:
+    """The sentences of a report on a body that nobody wrote by hand; its lines and columns mean nothing to people."""
+    return "; ".join(_REPORT_LINE.findall(report)) or report

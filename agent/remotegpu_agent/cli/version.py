@@ -1,0 +1,23 @@
+"""`version`: of this program."""
+
+from __future__ import annotations
+
+import platform
+
+import typer
+
+from remotegpu_agent import VERSION
+from remotegpu_agent.cli.context import globals_of
+
+
+def version(context: typer.Context) -> None:
+    """Print the version of this program and of its Python.
+
+    Example: remotegpu-agent version --json
+    """
+    if globals_of(context).is_json:
+        from remotegpu_agent.cli.output import print_json
+
+        print_json({"version": VERSION, "python": platform.python_version()})
+        return
+    print(f"remotegpu-agent {VERSION} (Python {platform.python_version()})")

@@ -1,0 +1,75 @@
+"""Starts what fits, whenever something changed: the loop between the queue's plan and the executor."""
+
+from __future__ import annotations
+
+import asyncio
+
+from remotegpu_agent.clock import Clock
+from remotegpu_agent.executor import Executor
+from remotegpu_queue import scheduling, views
+from remotegpu_queue.scheduling import Capacity, Plan
+from remotegpu_queue.store import Store
+from remotegpu_schemas.attempt import AttemptId
+
+_LOOK_AHEAD = 256
+"""Waiting tasks that one decision looks at; those behind them wait behind at least as many others."""
+
+
+class Dispatcher:
+    """Wake it with `changed`; it also wakes by itself when a retry's delay is over."""
+
+    def __init__(self, store: Store, executor: Executor, clock: Clock, capacity: Capacity) -> None:
+        self._store = store
+        self._executor = executor
+        self._clock = clock
+        self._changed = asyncio.Event()
+        self.capacity = capacity
+        self.waiting_count = 0
+        self._reasons: dict[AttemptId, str] = {}
+
+    def changed(self) -> None:
+        """Something was added, has ended, or became free."""
+        self._changed.set()
+
+    def free(self) -> Capacity:
+        """What is free now, not counting what waits."""
+        return self.capacity.minus_all(active.resources for active in self._executor.active.values())
+
+    def reason(self, attempt_id: AttemptId) -> str | None:
+        """Why a waiting attempt does not run, as of the last decision."""
+        return self._reasons.get(attempt_id)
+
+    async def run(self) -> None:
+        """Decide for ever."""
+        while True:
+            self._changed.clear()
+            next_ready_ns = await self.decide()
+            await self._wait_until(next_ready_ns)
+
+    async def decide(self) -> int | None:
+        """One decision: start what fits. Returns when a delay ends (CLOCK_BOOTTIME ns), if one does."""
+        waiting = await self._store.read(lambda db: views.waiting(db, _LOOK_AHEAD))
+        active = self._executor.active
+        waiting = [item for item in waiting if item.attempt_id not in active]
+        self.waiting_count = len(waiting)
+        plan: Plan = scheduling.plan(
+            waiting,
+            self.capacity,
+            [run.resources for run in active.values()],
+            {run.task_id for run in active.values()},
+            self._clock.boottime_ns(),
+        )
+        self._reasons = plan.reasons
+        by_id = {item.attempt_id: item for item in waiting}
+        for attempt_id in plan.starts:
+            item = by_id[attempt_id]
+            self._executor.start(attempt_id, item.task_id, item.resources)
+        return plan.next_ready_boottime_ns
+
+    async def _wait_until(self, boottime_ns: int | None) -> None:
+        timeout_s = None if boottime_ns is None else max(0.0, (boottime_ns - self._clock.boottime_ns()) / 1e9)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return

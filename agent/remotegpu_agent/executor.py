@@ -1,0 +1,422 @@
+"""One attempt from waiting to reported: writes down each step before it acts, launches, waits, stores the outcome.
+
+Owns the runs that are alive (`active`). Decisions are the pure functions of `remotegpu_queue.transitions`; processes
+are the sidecar's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from remotegpu_agent import results
+from remotegpu_agent.announcer import Announcer
+from remotegpu_agent.clock import Clock
+from remotegpu_agent.leases import LeaseKeeper
+from remotegpu_agent.runspec import RunSettings, build_run_spec, grace_period_s, prepare_work_dir, refusal
+from remotegpu_agent.supervise import Loops
+from remotegpu_queue import leasing, outbox, units, views
+from remotegpu_queue.rows import Attempt
+from remotegpu_queue.store import LostRace, Store, StoreUnavailable
+from remotegpu_queue.transitions import (
+    AfterRun,
+    IllegalTransition,
+    Missing,
+    Outcome,
+    after_run,
+    outcome_of,
+    outcome_of_missing,
+)
+from remotegpu_schemas.attempt import AttemptId, Lease, RunNo, RunRecord, RunStarted
+from remotegpu_schemas.states import CAUSE_RULES, Cause, wire_exit_code
+from remotegpu_schemas.task import Resources, TaskId
+from remotegpu_schemas.wire import CompleteReport, JsonObject, ReleaseReport, StartReport, format_time
+from remotegpu_sidecar.launcher import LaunchError, Launcher, Run
+from remotegpu_sidecar.output import read_output
+
+log = structlog.get_logger(__name__)
+
+_STORE_RETRY_S: Final = 1.0
+
+
+@dataclass(frozen=True)
+class ExecutorSettings:
+    """What the executor needs to know about the host. Sizes are bytes."""
+
+    run: RunSettings
+    boot_id: str
+    attempts_dir: Path
+    inline_limit_bytes: int
+    continues_when_unreachable: bool = False
+    max_starting: int = 8
+
+
+@dataclass
+class Active:
+    """A run that is being started, runs, or is being stopped. `run` is None until the shim exists."""
+
+    attempt_id: AttemptId
+    task_id: TaskId
+    resources: Resources
+    attempt: Attempt | None = None
+    run_no: RunNo = RunNo(0)
+    run: Run | None = None
+    started: RunStarted | None = None
+    stop_cause: Cause | None = None
+    is_kill: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    outcome: Outcome | None = None
+
+
+class Executor:
+    """Starts, adopts, stops and finishes runs. `on_change` is called when capacity or the outbox changed."""
+
+    def __init__(
+        self,
+        store: Store,
+        launcher: Launcher,
+        clock: Clock,
+        settings: ExecutorSettings,
+        loops: Loops,
+        announcer: Announcer,
+        *,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._launcher = launcher
+        self._clock = clock
+        self._settings = settings
+        self._loops = loops
+        self._announcer = announcer
+        self._on_change = on_change
+        self._on_started: list[Callable[[Active], None]] = []
+        self._on_ended: list[Callable[[Active], None]] = []
+        self._starting = asyncio.Semaphore(settings.max_starting)
+        self.active: dict[AttemptId, Active] = {}
+        self.leases: LeaseKeeper
+        self.can_release: Callable[[], bool] = lambda: False
+
+    def watch(self, *, started: Callable[[Active], None], ended: Callable[[Active], None]) -> None:
+        """Tell others when a run has started and when it has ended."""
+        self._on_started.append(started)
+        self._on_ended.append(ended)
+
+    # --- starting ---
+
+    def start(self, attempt_id: AttemptId, task_id: TaskId, resources: Resources) -> None:
+        """Start the next run of a waiting attempt in the background; its capacity counts as taken from now on."""
+        if attempt_id in self.active:
+            return
+        active = Active(attempt_id, task_id, resources)
+        self.active[attempt_id] = active
+        self._loops.spawn(f"run-{attempt_id}", lambda: self._own(active, self._execute(active)))
+
+    async def _own(self, active: Active, work: asyncio.Future[None] | object) -> None:
+        try:
+            await work  # type: ignore[misc]  # a coroutine
+        finally:
+            if active.run is not None:
+                active.run.close()
+            self.active.pop(active.attempt_id, None)
+            active.ended.set()
+            for tell in self._on_ended:
+                tell(active)
+            self._announcer.announce(active.task_id)
+            self._on_change()
+
+    async def _execute(self, active: Active) -> None:
+        attempt_id = active.attempt_id
+        waiting = await self._store.read(lambda db: views.attempt(db, attempt_id))
+        if waiting is None or not waiting.state.is_waiting:
+            return
+        self.leases.hold(waiting)
+        if self._lease_is_over(waiting):
+            await self.end_waiting(waiting, Cause.LEASE_LOST, "the lease ended before the task could be started")
+            return
+        reason = refusal(waiting.task)
+        if reason is not None:
+            await self.end_waiting(waiting, Cause.POLICY_REFUSED, reason)
+            return
+        try:
+            attempt, run_no = await self._store.write(
+                lambda db: units.begin_run(db, attempt_id, self._clock.wall_ms())
+            )
+        except LostRace as race:
+            log.info("a task is not started", attempt_id=attempt_id, reason=str(race))
+            return
+        active.attempt, active.run_no = attempt, run_no
+        try:
+            async with self._starting:
+                run = await self._launch(active, attempt, run_no)
+        except (LaunchError, OSError) as error:
+            outcome = Outcome(
+                Cause.LAUNCH_FAILED, wire_exit_code(Cause.LAUNCH_FAILED, None, None), None, f"the task was not started: {error}"
+            )
+            await self._finish(active, outcome, None)
+            return
+        await self._follow(active, run)
+
+    async def _launch(self, active: Active, attempt: Attempt, run_no: RunNo) -> Run:
+        prepare_work_dir(attempt.task, self._settings.run)
+        lease = self.leases.current(attempt.attempt_id) or attempt.lease
+        lease_grace_s = 0.0
+        if lease is not None:
+            lease_grace_s = leasing.lease_grace_s(grace_period_s(attempt.task, self._settings.run), lease.ttl_s)
+        spec = build_run_spec(attempt.task, attempt.attempt_id, run_no, self._settings.run, lease_grace_s=lease_grace_s)
+        return await self._launcher.launch(spec, self._fence_ns(lease))
+
+    def _fence_ns(self, lease: Lease | None) -> int | None:
+        """The deadline that the shim enforces; none for local tasks and where the operator prefers to go on."""
+        if lease is None or self._settings.continues_when_unreachable:
+            return None
+        return lease.deadline_boottime_ns
+
+    def _lease_is_over(self, attempt: Attempt) -> bool:
+        lease = self.leases.current(attempt.attempt_id) or attempt.lease
+        return lease is not None and lease.deadline_boottime_ns <= self._clock.boottime_ns()
+
+    # --- adopting ---
+
+    def adopt(self, attempt: Attempt, run_no: RunNo, run: Run, stop_cause: Cause | None) -> None:
+        """Take over a run that another agent process started; its identity and report are stored if they were not."""
+        active = Active(attempt.attempt_id, attempt.task_id, attempt.task.resources, attempt, run_no)
+        active.stop_cause = stop_cause
+        self.active[attempt.attempt_id] = active
+        self.leases.hold(attempt)
+        self._loops.spawn(f"run-{attempt.attempt_id}", lambda: self._own(active, self._follow(active, run)))
+
+    async def settle(
+        self, attempt: Attempt, run_no: RunNo, stop_cause: Cause | None, record: RunRecord | None, missing: str
+    ) -> None:
+        """Finish a run that ended while no agent was there. `missing` says why when the record has no end."""
+        active = Active(attempt.attempt_id, attempt.task_id, attempt.task.resources, attempt, run_no)
+        active.stop_cause = stop_cause
+        if record is not None and record.started is not None:
+            await self._store.enqueue(self._started_unit(active, record.started))
+        await self._finish(active, self._outcome(active, record, missing), record)
+        self._announcer.announce(attempt.task_id)
+
+    # --- following ---
+
+    async def _follow(self, active: Active, run: Run) -> None:
+        active.run = run
+        if run.started is not None:
+            active.started = run.started
+            # Not awaited: the record on disk has the identity already, and units are committed in order.
+            await self._store.enqueue(self._started_unit(active, run.started))
+            for tell in self._on_started:
+                tell(active)
+            self._on_change()
+        if active.stop_cause is not None:
+            self._signal(active)
+        record = await run.wait()
+        await self._finish(active, self._outcome(active, record, Missing.SHIM_LOST), record)
+
+    def _started_unit(self, active: Active, started: RunStarted) -> Callable[..., None]:
+        attempt_id, run_no = active.attempt_id, active.run_no
+        report: JsonObject | None = None
+        if active.attempt is not None and active.attempt.origin == "control_plane":
+            report = StartReport(
+                agent_id=self._settings.run.agent_id,
+                attempt_id=attempt_id,
+                process_id=started.process.pid,
+                run_no=run_no,
+            ).body()
+        started_ms = started.started_wall_ns // 1_000_000
+        return lambda db: units.run_started(db, attempt_id, run_no, started.process, started_ms, report)
+
+    def _outcome(self, active: Active, record: RunRecord | None, missing: str) -> Outcome:
+        if record is None or record.ended is None:
+            return outcome_of_missing(missing)
+        return outcome_of(record.ended, active.stop_cause, record.spec.timeout_s)
+
+    async def _finish(self, active: Active, outcome: Outcome, record: RunRecord | None) -> None:
+        attempt, run_no = active.attempt, active.run_no
+        if attempt is None:
+            raise RuntimeError("a run ended before it had begun")
+        active.outcome = outcome
+        after = after_run(
+            outcome,
+            attempt.task.retry,
+            retries_used=attempt.retries_used,
+            free_retries_used=attempt.free_retries_used,
+            may_run=not self._lease_is_over(attempt),
+        )
+        ended_ms = record.ended.ended_wall_ns // 1_000_000 if record and record.ended else self._clock.wall_ms()
+        is_final = after.event.value in {"complete", "fail", "cancel"}
+        rule = CAUSE_RULES[outcome.cause]
+        report: JsonObject | None = None
+        if is_final and attempt.origin == "control_plane" and rule.is_reported:
+            report = self._complete_report(attempt, run_no, outcome, record, ended_ms)
+        await self._store_end(active, outcome, after, ended_ms, record, report, drop_reports=not rule.is_reported)
+        if is_final:
+            self.leases.release(attempt.attempt_id)
+        log.info(
+            "a run has ended",
+            task_id=attempt.task_id,
+            attempt_id=attempt.attempt_id,
+            run_no=run_no,
+            cause=outcome.cause,
+            exit_code=outcome.exit_code,
+            follows=after.event,
+        )
+
+    def _complete_report(
+        self, attempt: Attempt, run_no: RunNo, outcome: Outcome, record: RunRecord | None, ended_ms: int
+    ) -> JsonObject:
+        directory = self._settings.attempts_dir / f"{attempt.attempt_id}.{run_no}"
+        return results.complete_report(
+            attempt,
+            outcome,
+            record,
+            lambda stream, offset, limit: _read(directory, stream, offset, limit),
+            agent_id=self._settings.run.agent_id,
+            runs=run_no,
+            ended_ms=ended_ms,
+            inline_limit_bytes=self._settings.inline_limit_bytes,
+        )
+
+    async def _store_end(
+        self,
+        active: Active,
+        outcome: Outcome,
+        after: AfterRun,
+        ended_ms: int,
+        record: RunRecord | None,
+        report: JsonObject | None,
+        *,
+        drop_reports: bool,
+    ) -> None:
+        usage = results.usage_of(record.ended.usage) if record and record.ended else None
+        while True:
+            ready_ns = self._clock.boottime_ns() + round(after.delay_s * 1e9) if after.delay_s else 0
+            try:
+                await self._store.write(
+                    lambda db: units.run_ended(
+                        db,
+                        active.attempt_id,
+                        active.run_no,
+                        outcome,
+                        after,
+                        ended_at_ms=ended_ms,
+                        ready_boottime_ns=ready_ns,  # noqa: B023 - the unit runs before the next turn
+                        boot_id=self._settings.boot_id,
+                        usage=usage,
+                        report=report,
+                        drop_reports=drop_reports,
+                    )
+                )
+            except (LostRace, IllegalTransition) as race:
+                log.error("a run's end was stored before", attempt_id=active.attempt_id, reason=str(race))
+                return
+            except StoreUnavailable as error:
+                # The record on disk keeps the result; it is stored as soon as there is room again.
+                log.error("a result cannot be stored yet", attempt_id=active.attempt_id, error=str(error))
+                await asyncio.sleep(_STORE_RETRY_S)
+            else:
+                return
+
+    # --- stopping ---
+
+    async def stop(self, attempt_id: AttemptId, cause: Cause, *, is_kill: bool = False) -> bool:
+        """Stop an attempt: its process with the grace period (or at once), or its waiting. False if it has ended.
+
+        The reason is on disk before any signal is sent; the first reason counts. Safe to repeat.
+        """
+        active = self.active.get(attempt_id)
+        if active is None:
+            attempt = await self._store.read(lambda db: views.attempt(db, attempt_id))
+            if attempt is None or attempt.state.is_final:
+                return False
+            return await self.end_waiting(attempt, cause, _WAITING_SENTENCES.get(cause, f"ended: {cause}"))
+        if active.run_no:
+            try:
+                cause = await self._store.write(
+                    lambda db: units.request_stop(db, attempt_id, active.run_no, cause)
+                )
+            except LostRace:
+                return False
+        active.stop_cause = cause
+        active.is_kill = active.is_kill or is_kill
+        self._signal(active)
+        return True
+
+    def _signal(self, active: Active) -> None:
+        if active.run is None:
+            return
+        if active.is_kill:
+            active.run.kill()
+        else:
+            active.run.stop()
+
+    def extend(self, attempt_id: AttemptId, lease: Lease) -> None:
+        """Move the shim's deadline to the renewed lease's."""
+        active = self.active.get(attempt_id)
+        fence_ns = self._fence_ns(lease)
+        if active is not None and active.run is not None and fence_ns is not None:
+            active.run.extend(fence_ns)
+
+    async def end_waiting(self, attempt: Attempt, cause: Cause, sentence: str) -> bool:
+        """End an attempt that has no process. False if it has one now, or has ended.
+
+        An unstarted attempt whose lease is over is handed back where the plane can, else left to lapse.
+        """
+        now_ms = self._clock.wall_ms()
+        exit_code = wire_exit_code(cause, None, None)
+        report = self._waiting_report(attempt, cause, sentence, exit_code, now_ms)
+        try:
+            await self._store.write(
+                lambda db: units.end_waiting(db, attempt.attempt_id, cause, sentence, exit_code, now_ms, report)
+            )
+        except (LostRace, IllegalTransition):
+            return False
+        self.leases.release(attempt.attempt_id)
+        self._announcer.announce(attempt.task_id)
+        self._on_change()
+        log.info("a waiting task has ended", task_id=attempt.task_id, attempt_id=attempt.attempt_id, cause=cause)
+        return True
+
+    def _waiting_report(
+        self, attempt: Attempt, cause: Cause, sentence: str, exit_code: int, now_ms: int
+    ) -> tuple[outbox.ReportKind, JsonObject, str] | None:
+        if attempt.origin == "local" or not CAUSE_RULES[cause].is_reported:
+            return None
+        agent_id, boot_id = self._settings.run.agent_id, self._settings.boot_id
+        if cause is Cause.LEASE_LOST and attempt.run_no == 0:
+            if not self.can_release():
+                return None
+            release = ReleaseReport(agent_id=agent_id, attempt_id=attempt.attempt_id, reason=sentence)
+            return "release", release.body(), boot_id
+        complete = CompleteReport(
+            agent_id=agent_id,
+            attempt_id=attempt.attempt_id,
+            exit_code=exit_code,
+            stdout="",
+            stderr="",
+            error=sentence,
+            status=CAUSE_RULES[cause].final_state,
+            cause=cause,
+            ended_at=format_time(now_ms / 1000),
+            runs=attempt.run_no,
+        )
+        return "complete", complete.body(), boot_id
+
+
+_WAITING_SENTENCES: Final = {
+    Cause.CANCELLED: "cancelled on request before it ran",
+    Cause.SUPERSEDED: "another attempt has this task now",
+    Cause.LEASE_LOST: "the lease ended before the task could be started",
+}
+
+
+def _read(directory: Path, stream: str, offset: int, limit: int) -> bytes:
+    try:
+        return read_output(directory, stream, offset, limit)[1]
+    except OSError as error:
+        log.warning("output cannot be read", directory=str(directory), stream=stream, error=str(error))
+        return b""

@@ -1,0 +1,199 @@
+"""Keeps the leases of open attempts: renews them in time, and ends what must not go on.
+
+The shim fences by itself; this module only moves its deadline. Decisions about time are in `remotegpu_queue.leasing`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from remotegpu_agent.clock import Clock
+from remotegpu_agent.control_plane import ControlPlane, Reply
+from remotegpu_agent.supervise import Loops
+from remotegpu_queue import leasing, units
+from remotegpu_queue.rows import Attempt
+from remotegpu_queue.store import Store
+from remotegpu_schemas.attempt import AttemptId, Lease
+from remotegpu_schemas.states import Cause
+from remotegpu_schemas.task import TaskId
+from remotegpu_schemas.wire import RenewRequest, Verdict, parse_renewal
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class LeaseSettings:
+    """Defaults of the host, in seconds."""
+
+    agent_id: str
+    boot_id: str
+    ttl_s: float
+    renew_interval_s: float
+    margin_s: float
+
+
+@dataclass
+class _Held:
+    task_id: TaskId
+    lease: Lease
+    renew_interval_s: float
+    is_start_accepted: bool
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    is_released: bool = False
+
+
+class LeaseKeeper:
+    """Holds the lease of every open attempt. `extend` moves the shim's deadline, `stop` ends an attempt."""
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        settings: LeaseSettings,
+        loops: Loops,
+        random: Callable[[], float],
+        *,
+        extend: Callable[[AttemptId, Lease], None],
+        stop: Callable[[AttemptId, Cause], Awaitable[None]],
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._settings = settings
+        self._loops = loops
+        self._random = random
+        self._extend = extend
+        self._stop = stop
+        self._held: dict[AttemptId, _Held] = {}
+        self.plane: ControlPlane | None = None
+
+    def hold(self, attempt: Attempt) -> None:
+        """Keep this attempt's lease until `release`. Holding twice changes nothing; without a lease likewise."""
+        if attempt.lease is None or attempt.attempt_id in self._held or attempt.state.is_final:
+            return
+        held = _Held(
+            attempt.task_id,
+            attempt.lease,
+            attempt.renew_interval_s or self._settings.renew_interval_s,
+            attempt.is_start_accepted,
+        )
+        self._held[attempt.attempt_id] = held
+        self._loops.spawn(f"lease-{attempt.attempt_id}", lambda: self._keep(attempt.attempt_id, held))
+
+    def release(self, attempt_id: AttemptId) -> None:
+        """Stop renewing: the attempt has ended."""
+        held = self._held.pop(attempt_id, None)
+        if held is not None:
+            held.is_released = True
+            held.changed.set()
+
+    def start_accepted(self, attempt_id: AttemptId) -> None:
+        """The control plane knows that the attempt runs; deployed planes renew only from now on."""
+        held = self._held.get(attempt_id)
+        if held is not None and not held.is_start_accepted:
+            held.is_start_accepted = True
+            held.changed.set()
+
+    def renew_all_now(self) -> None:
+        """After a loss of contact every lease is renewed at once."""
+        for held in self._held.values():
+            held.changed.set()
+
+    def current(self, attempt_id: AttemptId) -> Lease | None:
+        """The lease as last renewed."""
+        held = self._held.get(attempt_id)
+        return held.lease if held is not None else None
+
+    async def _keep(self, attempt_id: AttemptId, held: _Held) -> None:
+        failures = 0
+        next_renewal_ns = self._renewal_due_ns(held)
+        while not held.is_released:
+            now_ns = self._clock.boottime_ns()
+            if now_ns >= held.lease.deadline_boottime_ns:
+                self._held.pop(attempt_id, None)
+                log.warning("a lease has ended", task_id=held.task_id, attempt_id=attempt_id)
+                await self._stop(attempt_id, Cause.LEASE_LOST)
+                return
+            may_renew = held.is_start_accepted and self.plane is not None
+            if not may_renew or now_ns < next_renewal_ns:
+                until_ns = held.lease.deadline_boottime_ns
+                until_ns = min(next_renewal_ns, until_ns) if may_renew else until_ns
+                if await self._wait(held, (until_ns - now_ns) / 1e9) and may_renew:
+                    next_renewal_ns = 0
+                continue
+            if await self._renew(attempt_id, held):
+                failures = 0
+                next_renewal_ns = self._renewal_due_ns(held)
+            else:
+                failures += 1
+                pause_s = leasing.renew_again_after_s(held.lease.ttl_s, failures, self._random())
+                next_renewal_ns = self._clock.boottime_ns() + round(pause_s * 1e9)
+
+    def _renewal_due_ns(self, held: _Held) -> int:
+        pause_s = leasing.renew_after_s(held.lease.ttl_s, held.renew_interval_s, self._random())
+        return self._clock.boottime_ns() + round(pause_s * 1e9)
+
+    async def _wait(self, held: _Held, seconds: float) -> bool:
+        """Whether something changed before the time was over."""
+        try:
+            async with asyncio.timeout(max(seconds, 0.0)):
+                await held.changed.wait()
+        except TimeoutError:
+            return False
+        held.changed.clear()
+        return True
+
+    async def _renew(self, attempt_id: AttemptId, held: _Held) -> bool:
+        """Whether the lease was moved."""
+        if self.plane is None:
+            return False
+        extend_s = math.ceil(held.lease.ttl_s)
+        request = RenewRequest(agent_id=self._settings.agent_id, attempt_id=attempt_id, extend_sec=extend_s)
+        timeout_s = max(1.0, held.lease.ttl_s / 4)
+        reply = await self.plane.renew(held.task_id, request, timeout_s=timeout_s)
+        if held.is_released:
+            return True
+        match reply.verdict:
+            case Verdict.OK:
+                return await self._renewed(attempt_id, held, reply, float(extend_s))
+            case Verdict.SUPERSEDED | Verdict.FINISHED:
+                await self._lost(attempt_id, held, Cause.SUPERSEDED, reply)
+            case Verdict.LEASE_EXPIRED:
+                await self._lost(attempt_id, held, Cause.LEASE_LOST, reply)
+            case _:
+                log.warning("a lease could not be renewed", attempt_id=attempt_id, error=reply.answer.message)
+        return False
+
+    async def _renewed(self, attempt_id: AttemptId, held: _Held, reply: Reply, extend_s: float) -> bool:
+        renewal = parse_renewal(reply.answer.data)
+        ttl_s = leasing.ttl_until(renewal.lease_expires_at, reply.answer.date)
+        if ttl_s is None:
+            ttl_s = extend_s
+        if ttl_s <= 0:
+            log.warning("the control plane renewed a lease into the past", attempt_id=attempt_id)
+            return False
+        lease = leasing.lease(ttl_s, reply.sent_boottime_ns, self._settings.margin_s, self._settings.boot_id)
+        # A plane's rounding must not shrink the term that later renewals ask for.
+        held.lease = replace_ttl(lease, max(ttl_s, extend_s))
+        self._extend(attempt_id, held.lease)
+        await self._store.write(
+            lambda db: units.extend_lease(db, attempt_id, held.lease.ttl_s, held.lease.deadline_boottime_ns)
+        )
+        if renewal.is_cancel_requested:
+            await self._stop(attempt_id, Cause.CANCELLED)
+        return True
+
+    async def _lost(self, attempt_id: AttemptId, held: _Held, cause: Cause, reply: Reply) -> None:
+        log.warning("an attempt is no longer ours", attempt_id=attempt_id, cause=cause, answer=reply.answer.message)
+        held.is_released = True
+        self._held.pop(attempt_id, None)
+        await self._stop(attempt_id, cause)
+
+
+def replace_ttl(lease: Lease, ttl_s: float) -> Lease:
+    """The lease with another term and the same deadline."""
+    return lease.model_copy(update={"ttl_s": ttl_s})

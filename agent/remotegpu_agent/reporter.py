@@ -1,0 +1,190 @@
+"""Drains the outbox: in order per attempt, several attempts at once, until the control plane has every report.
+
+What an answer means for a report is the pure `decide`; what it means for the task's process is told to `on_refused`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final, assert_never
+
+import structlog
+
+from remotegpu_agent.clock import Clock
+from remotegpu_agent.control_plane import ControlPlane
+from remotegpu_agent.supervise import Loops
+from remotegpu_queue import backoff, outbox
+from remotegpu_queue.outbox import Report
+from remotegpu_queue.store import Store
+from remotegpu_schemas import limits
+from remotegpu_schemas.attempt import AttemptId
+from remotegpu_schemas.states import Cause
+from remotegpu_schemas.wire import Answer, Verdict
+
+log = structlog.get_logger(__name__)
+
+
+class Fate(enum.StrEnum):
+    """What becomes of a report after an answer."""
+
+    DELIVERED = "delivered"
+    AGAIN = "again"
+    DEAD = "dead"
+    DROPPED = "dropped"
+    """Of no interest to anybody any more: the attempt was superseded, or the plane has no such call."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The report's fate, how fast to try again, and whether the attempt's process must stop."""
+
+    fate: Fate
+    base_s: float = 0.5
+    cap_s: float = 60.0
+    stop: Cause | None = None
+
+
+_SLOW: Final = Decision(Fate.AGAIN, base_s=5.0, cap_s=300.0)
+_OPTIONAL_KINDS: Final = frozenset({"progress", "release"})
+
+
+def decide(kind: str, verdict: Verdict, age_s: float) -> Decision:
+    """What to do with a report of this kind after this answer; `age_s` counts from its first try."""
+    match verdict:
+        case Verdict.OK:
+            return Decision(Fate.DELIVERED)
+        case Verdict.FINISHED if kind == "complete":
+            return Decision(Fate.DELIVERED)
+        case Verdict.SUPERSEDED | Verdict.FINISHED:
+            return Decision(Fate.DROPPED, stop=Cause.SUPERSEDED)
+        case Verdict.LEASE_EXPIRED:
+            return Decision(Fate.DEAD if kind == "complete" else Fate.DROPPED, stop=Cause.LEASE_LOST)
+        case Verdict.INVALID:
+            return Decision(Fate.DEAD)
+        case Verdict.RETRY:
+            return Decision(Fate.AGAIN)
+        case Verdict.UNAUTHORIZED:
+            return _SLOW
+        case Verdict.ROUTE_MISSING if kind in _OPTIONAL_KINDS:
+            return Decision(Fate.DROPPED)
+        case Verdict.AMBIGUOUS | Verdict.ROUTE_MISSING:
+            return Decision(Fate.DEAD) if age_s > limits.REPORT_GIVE_UP_S else _SLOW
+        case _:
+            assert_never(verdict)
+
+
+class Reporter:
+    """One loop over the outbox. Wake it with `changed` after a commit that added a report."""
+
+    def __init__(
+        self,
+        store: Store,
+        plane: ControlPlane,
+        clock: Clock,
+        loops: Loops,
+        random: Callable[[], float],
+        *,
+        on_delivered: Callable[[Report], None],
+        on_refused: Callable[[AttemptId, Cause], Awaitable[object]],
+    ) -> None:
+        self._store = store
+        self._plane = plane
+        self._clock = clock
+        self._loops = loops
+        self._random = random
+        self._on_delivered = on_delivered
+        self._on_refused = on_refused
+        self._changed = asyncio.Event()
+        self._in_flight: set[AttemptId] = set()
+        self._missing_routes: set[str] = set()
+
+    def changed(self) -> None:
+        """A report was added, or contact is back."""
+        self._changed.set()
+
+    def registered(self) -> None:
+        """After a register every call is tried again."""
+        self._missing_routes.clear()
+
+    async def run(self) -> None:
+        """Deliver for ever."""
+        while True:
+            self._changed.clear()
+            next_due_ns = await self._send_due()
+            timeout_s = None if next_due_ns is None else max(0.0, (next_due_ns - self._clock.boottime_ns()) / 1e9)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    async def _send_due(self) -> int | None:
+        free = limits.REPORTS_IN_FLIGHT_MAX - len(self._in_flight)
+        if free <= 0:
+            return None
+        now_ns, look = self._clock.boottime_ns(), limits.REPORTS_IN_FLIGHT_MAX
+        due, next_due_ns = await self._store.read(lambda db: outbox.due_reports(db, now_ns, look))
+        for report in due:
+            if len(self._in_flight) >= limits.REPORTS_IN_FLIGHT_MAX:
+                break
+            if report.attempt_id not in self._in_flight:
+                self._in_flight.add(report.attempt_id)
+                self._loops.spawn(f"report-{report.id}", lambda report=report: self._deliver(report))  # type: ignore[misc]
+        return next_due_ns
+
+    async def _deliver(self, report: Report) -> None:
+        try:
+            if report.kind in self._missing_routes:
+                await self._store.write(lambda db: outbox.drop_report(db, report.id))
+                return
+            reply = await self._plane.report(report.kind, report.task_id, report.body)
+            await self._settle(report, reply.answer)
+        finally:
+            self._in_flight.discard(report.attempt_id)
+            self._changed.set()
+
+    async def _settle(self, report: Report, answer: Answer) -> None:
+        now_ms = self._clock.wall_ms()
+        age_s = max(0.0, (now_ms - (report.first_try_at_ms or now_ms)) / 1000)
+        decision = decide(report.kind, answer.verdict, age_s)
+        if decision.fate is not Fate.DELIVERED:
+            log.warning(
+                "a report was not accepted",
+                kind=report.kind,
+                task_id=report.task_id,
+                attempt_id=report.attempt_id,
+                answer=answer.message,
+                verdict=answer.verdict,
+                fate=decision.fate,
+                tries=report.tries + 1,
+            )
+        if answer.verdict is Verdict.ROUTE_MISSING and report.kind in _OPTIONAL_KINDS:
+            self._missing_routes.add(report.kind)
+        if decision.stop is not None:
+            await self._on_refused(report.attempt_id, decision.stop)
+        await self._store_fate(report, answer, decision, now_ms)
+        if decision.fate is Fate.DELIVERED:
+            self._on_delivered(report)
+
+    async def _store_fate(self, report: Report, answer: Answer, decision: Decision, now_ms: int) -> None:
+        match decision.fate:
+            case Fate.DELIVERED:
+                await self._store.write(lambda db: outbox.report_delivered(db, report))
+            case Fate.AGAIN:
+                pause_s = backoff.full_jitter(
+                    report.tries, base_s=decision.base_s, cap_s=decision.cap_s, fraction=self._random()
+                )
+                pause_s = max(pause_s, answer.retry_after_s or 0.0)
+                due_ns = self._clock.boottime_ns() + round(pause_s * 1e9)
+                await self._store.write(lambda db: outbox.report_retry(db, report.id, due_ns, answer.message, now_ms))
+            case Fate.DEAD:
+                await self._store.write(lambda db: outbox.report_dead(db, report.id, answer.message))
+            case Fate.DROPPED if decision.stop is Cause.SUPERSEDED:
+                await self._store.write(lambda db: outbox.drop_reports(db, report.attempt_id))
+            case Fate.DROPPED:
+                await self._store.write(lambda db: outbox.drop_report(db, report.id))
+            case _:
+                assert_never(decision.fate)

@@ -1,0 +1,175 @@
+"""From a task to what the shim executes: argument vector, environment, directories. Pure but for the passwd database.
+
+A command without args is a shell string for `bash -c`; with args it is a vector and no shell is involved; a script is
+run by its interpreter from a file in the task's own directory.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from remotegpu_schemas.attempt import AttemptId, RunNo, RunSpec, TaskUser
+from remotegpu_schemas.errors import Code, Misconfigured, Refused
+from remotegpu_schemas.task import Task, TaskId, TaskType
+
+DEFAULT_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+SCRIPT_NAME: Final = ".remotegpu-script"
+PROGRESS_NAME: Final = "progress"
+OUTPUTS_NAME: Final = "outputs"
+_INTERPRETERS: Final = {TaskType.SHELL: "bash", TaskType.SCRIPT: "bash", TaskType.PYTHON: "python3"}
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What the host adds to every task. Durations are seconds, sizes bytes."""
+
+    agent_id: str
+    machine_id: str
+    state_dir: Path
+    default_timeout_s: float
+    grace_period_s: float
+    output_limit_bytes: int
+    user: TaskUser | None
+    env: Mapping[str, str]
+    api_socket: Path | None = None
+
+
+def refusal(task: Task) -> str | None:
+    """Why this version of the agent can never run the task, or None."""
+    if task.type is TaskType.CONTAINER:
+        return "tasks of type container are not supported by this version"
+    return None
+
+
+def check_runnable(task: Task) -> None:
+    """Raise Refused(NOT_SUPPORTED) for a task that this agent can never run."""
+    reason = refusal(task)
+    if reason is not None:
+        raise Refused(Code.NOT_SUPPORTED, reason)
+
+
+def work_dir(state_dir: Path, task_id: TaskId) -> Path:
+    """Where the task may write: artifacts, outputs, progress, checkpoints; kept over its runs."""
+    return state_dir / "work" / task_id
+
+
+def grace_period_s(task: Task, settings: RunSettings) -> float:
+    """How long the task may take between its stop signal and SIGKILL."""
+    return settings.grace_period_s if task.grace_period_s is None else task.grace_period_s
+
+
+def build_run_spec(
+    task: Task, attempt_id: AttemptId, run_no: RunNo, settings: RunSettings, *, lease_grace_s: float
+) -> RunSpec:
+    """The spec of one run. The environment is complete: nothing of the agent's own reaches the task."""
+    directory = work_dir(settings.state_dir, task.task_id)
+    timeout_s = task.timeout_s or settings.default_timeout_s
+    return RunSpec(
+        task_id=task.task_id,
+        attempt_id=attempt_id,
+        run_no=run_no,
+        argv=_argv(task, directory),
+        env=_environment(task, attempt_id, run_no, settings, directory),
+        cwd=os.path.join(directory, task.workdir) if task.workdir else str(directory),
+        user=settings.user,
+        timeout_s=timeout_s or None,
+        grace_period_s=grace_period_s(task, settings),
+        lease_grace_s=lease_grace_s,
+        stop_signal=task.stop_signal,
+        output_limit_bytes=settings.output_limit_bytes,
+    )
+
+
+def _argv(task: Task, directory: Path) -> tuple[str, ...]:
+    if task.script is not None:
+        interpreter = task.interpreter or _INTERPRETERS.get(task.type, "bash")
+        return (interpreter, str(directory / SCRIPT_NAME), *(task.args or ()))
+    command = task.command or ""
+    if task.args is None:
+        return ("bash", "-c", command)
+    return (command, *task.args)
+
+
+def _environment(
+    task: Task, attempt_id: AttemptId, run_no: RunNo, settings: RunSettings, directory: Path
+) -> dict[str, str]:
+    user = settings.user
+    env = {
+        "PATH": DEFAULT_PATH,
+        "HOME": user.home if user else os.path.expanduser("~"),
+        "USER": user.name if user else _own_user_name(),
+        "SHELL": "/bin/bash",
+        "LANG": "C.UTF-8",
+        **settings.env,
+        **task.env,
+        "REMOTEGPU_TASK_ID": task.id,
+        "REMOTEGPU_ATTEMPT_ID": attempt_id,
+        "REMOTEGPU_RUN_NUMBER": str(run_no),
+        "REMOTEGPU_AGENT_ID": settings.agent_id,
+        "REMOTEGPU_MACHINE_ID": settings.machine_id,
+        "REMOTEGPU_GPU_UUIDS": "",
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "NVIDIA_VISIBLE_DEVICES": "void",
+        "REMOTEGPU_ARTIFACTS_DIR": str(directory / "artifacts"),
+        "REMOTEGPU_CHECKPOINT_DIR": str(directory / "checkpoints"),
+        "REMOTEGPU_OUTPUTS": str(directory / OUTPUTS_NAME),
+        "REMOTEGPU_PROGRESS": str(directory / PROGRESS_NAME),
+    }
+    env.setdefault("LOGNAME", env["USER"])
+    if settings.api_socket is not None:
+        env["REMOTEGPU_AGENT_SOCKET"] = str(settings.api_socket)
+    return env
+
+
+def _own_user_name() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+def find_user(name: str) -> TaskUser:
+    """Resolve a user for `tasks.run_as`. Raises Misconfigured when there is no such user."""
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        raise Misconfigured(f"tasks.run_as: there is no user {name!r} on this host; create it or name another") from None
+    groups = tuple(os.getgrouplist(entry.pw_name, entry.pw_gid))
+    return TaskUser(name=entry.pw_name, uid=entry.pw_uid, gid=entry.pw_gid, groups=groups, home=entry.pw_dir)
+
+
+def prepare_work_dir(task: Task, settings: RunSettings) -> None:
+    """Make the task's directory, owned by its user, and write its script. Raises OSError. Safe to repeat.
+
+    The parent belongs to the agent, so the task cannot replace the directory itself; what lies inside is the task's.
+    """
+    parent = settings.state_dir / "work"
+    parent.mkdir(mode=0o711, exist_ok=True)
+    directory = work_dir(settings.state_dir, task.task_id)
+    if not directory.exists():
+        directory.mkdir(mode=0o700)
+        for name in ("artifacts", "checkpoints"):
+            (directory / name).mkdir(mode=0o700)
+            _give(directory / name, settings.user)
+        _give(directory, settings.user)
+    if task.script is not None:
+        _write_script(directory / SCRIPT_NAME, task.script, settings.user)
+
+
+def _write_script(path: Path, text: str, user: TaskUser | None) -> None:
+    path.unlink(missing_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o700)
+    with open(fd, "w", encoding="utf-8", newline="") as file:
+        if user is not None:
+            os.fchown(file.fileno(), user.uid, user.gid)
+        file.write(text)
+
+
+def _give(path: Path, user: TaskUser | None) -> None:
+    if user is not None:
+        os.chown(path, user.uid, user.gid, follow_symlinks=False)

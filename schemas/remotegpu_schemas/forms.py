@@ -1,0 +1,51 @@
+"""The base of everything that a person fills in: task files and the config. Knows neither."""
+
+from __future__ import annotations
+
+import typing
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
+
+
+class Form(BaseModel):
+    """A mapping as a person writes it: values have the type that they look like, and unknown keys are refused.
+
+    Null means "not given" wherever it is no value of its own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: object) -> object:
+        if not isinstance(value, dict) or None not in value.values():
+            return value
+        return {key: item for key, item in value.items() if item is not None or not cls._drops_null(key)}
+
+    @classmethod
+    def _drops_null(cls, key: object) -> bool:
+        field = cls.model_fields.get(key) if isinstance(key, str) else None
+        return field is not None and type(None) not in typing.get_args(field.annotation)
+
+
+def scalar_text(value: object) -> object:
+    """Numbers and booleans where text is meant; loaders of files hand numbers over as they were written."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return str(value)
+        case _:
+            return value
+
+
+def no_nul(value: str) -> str:
+    """Refuse the one character that no argument, name or path can hold. Raises ValueError."""
+    if "\0" in value:
+        raise ValueError("must not contain a NUL character")
+    return value
+
+
+Text = Annotated[str, BeforeValidator(scalar_text), AfterValidator(no_nul)]
+"""Text that may look like a number or a boolean."""

@@ -1,0 +1,219 @@
+"""The form of a task as people and peers write it: newer and older keys side by side, durations as text.
+
+The task file and the control plane's claims both end here, and here they become a `Task`. Knows nothing of YAML and
+of places in a file.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from remotegpu_schemas import limits
+from remotegpu_schemas.forms import Form, Text, no_nul, scalar_text
+from remotegpu_schemas.problems import Finding
+from remotegpu_schemas.quantities import Duration
+from remotegpu_schemas.task import (
+    Argument,
+    Backoff,
+    EnvironmentName,
+    Priority,
+    Resources,
+    RetryOn,
+    RetryPolicy,
+    Task,
+    TaskId,
+    TaskType,
+)
+
+# --- values --------------------------------------------------------------------------------------------------------
+
+
+def _signal_number(value: object) -> object:
+    how = "write a name such as SIGINT, or a number from 1 to 64"
+    if isinstance(value, int) and not isinstance(value, bool):
+        if 1 <= value <= 64:
+            return value
+    elif isinstance(value, str):
+        name = value.strip().upper()
+        found = getattr(signal, name if name.startswith("SIG") else f"SIG{name}", None)
+        if isinstance(found, signal.Signals):
+            return int(found)
+        if re.fullmatch(r"[1-9][0-9]?", value, re.ASCII) and int(value) <= 64:
+            return int(value)
+    raise ValueError(f"must be a signal: {how}")
+
+
+def _identifier(value: str) -> str:
+    if not re.fullmatch(limits.ID_PATTERN, value):
+        raise ValueError(
+            f"must begin with a letter or digit and have only letters, digits and . _ : - (at most "
+            f"{limits.ID_MAX_CHARS} characters)"
+        )
+    return value
+
+
+Name = Annotated[Text, Field(max_length=limits.NAME_MAX_CHARS)]
+_Id = Annotated[str, BeforeValidator(scalar_text), AfterValidator(_identifier)]
+_Word = Annotated[Argument, BeforeValidator(scalar_text)]
+Labels = Annotated[dict[str, Text], Field(max_length=limits.LABELS_MAX_COUNT)]
+_Signal = Annotated[int, BeforeValidator(_signal_number)]
+_Retries = Annotated[int, Field(ge=0, le=limits.RETRIES_MAX)]
+_Type = Annotated[TaskType, Field(strict=False)]
+_Backoff = Annotated[Backoff, Field(strict=False)]
+_RetryOn = Annotated[RetryOn, Field(strict=False)]
+
+
+class ResourcesForm(Form):
+    """`resources:`; what is left out is zero."""
+
+    gpus: Annotated[int, Field(ge=0, le=64)] = 0
+    cpus: Annotated[float, Field(ge=0, le=4096, allow_inf_nan=False)] = 0.0
+    memory_gb: Annotated[float, Field(ge=0, le=65536, allow_inf_nan=False)] = 0.0
+
+
+class RetryForm(Form):
+    """`retry:`; durations are seconds."""
+
+    max: _Retries | None = None
+    delay: Duration | None = None
+    backoff: _Backoff | None = None
+    max_delay: Duration | None = None
+    on: list[_RetryOn] | None = None
+    exit_codes: list[Annotated[int, Field(ge=1, le=255)]] | None = None
+
+
+class TargetsForm(Form):
+    """`targets:`, the machines that a task is meant for; the agent refuses what is not meant for it."""
+
+    machine_ids: list[Text] = Field(default=[])
+    ips: list[Text] = Field(default=[])
+
+
+class TaskForm(Form):
+    """A task with the keys of the file, newer and older ones side by side. Durations are seconds.
+
+    The lease keys matter for claimed tasks only: a local task has no lease.
+    """
+
+    id: _Id | None = None
+    name: Name | None = None
+    type: _Type | None = None
+    command: Argument | None = None
+    args: Annotated[list[_Word], Field(max_length=limits.ARGUMENTS_MAX_COUNT)] | None = None
+    script: Annotated[str, AfterValidator(no_nul)] | None = None
+    interpreter: Argument | None = None
+    workdir: Argument | None = None
+    env: dict[EnvironmentName, _Word] = Field(default={}, max_length=limits.ENVIRONMENT_MAX_COUNT)
+    resources: ResourcesForm | None = None
+    timeout: Duration | None = None
+    grace_period: Duration | None = None
+    priority: Priority | None = None
+    stop_signal: _Signal | None = None
+    retry: RetryForm | None = None
+    labels: Labels = Field(default={})
+    group_id: Text | None = None
+    parent_id: Text | None = None
+    machine_id: Text | None = None
+    targets: TargetsForm | None = None
+    max_retries: _Retries | None = None
+    retry_delay: Duration | None = None
+    grace_period_sec: Duration | None = None
+    lease_ttl_sec: Duration | None = None
+    renew_interval_sec: Duration | None = None
+    heartbeat_interval_sec: Duration | None = None
+
+
+# --- a task --------------------------------------------------------------------------------------------------------
+
+
+def task_from_mapping(raw: Mapping[str, object], *, ignore_unknown: bool) -> TaskForm:
+    """A task from plain data. With `ignore_unknown` as a peer sent it: other keys are ignored, numbers may be text.
+
+    Raises pydantic.ValidationError.
+    """
+    if ignore_unknown:
+        return TaskForm.model_validate(raw, extra="ignore", strict=False)
+    return TaskForm.model_validate(raw)
+
+
+def to_task(form: TaskForm, task_id: TaskId, defaults: TaskForm | None = None) -> Task:
+    """The task as the queue keeps it; what the form leaves out comes from `defaults`, labels and env key by key.
+
+    Raises ValueError (pydantic.ValidationError is one) when the form has nothing to run or contradicts itself.
+    """
+    contradiction = next(contradictions(form), None)
+    if contradiction is not None:
+        raise ValueError(contradiction.message)
+    if defaults is not None:
+        form = _with_defaults(form, defaults)
+    given: dict[str, Any] = {
+        "name": form.name,
+        "type": form.type,
+        "resources": Resources(**form.resources.model_dump()) if form.resources is not None else None,
+        "timeout_s": form.timeout,
+        "priority": form.priority,
+        "stop_signal": form.stop_signal,
+    }
+    return Task(
+        id=task_id,
+        command=form.command,
+        args=None if form.args is None else tuple(form.args),
+        script=form.script,
+        interpreter=form.interpreter,
+        workdir=form.workdir,
+        env=form.env,
+        grace_period_s=_first(form.grace_period, form.grace_period_sec),
+        retry=_retry_policy(form),
+        labels=form.labels,
+        group_id=form.group_id,
+        parent_id=form.parent_id,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def _first(newer: float | None, older: float | None) -> float | None:
+    return older if newer is None else newer
+
+
+def _retry_policy(form: TaskForm) -> RetryPolicy:
+    retry = form.retry or RetryForm()
+    given: dict[str, Any] = {
+        "max": retry.max if retry.max is not None else form.max_retries,
+        "delay_s": _first(retry.delay, form.retry_delay),
+        "backoff": retry.backoff,
+        "max_delay_s": retry.max_delay,
+        "on": None if retry.on is None else frozenset(retry.on),
+        "exit_codes": None if retry.exit_codes is None else frozenset(retry.exit_codes),
+    }
+    return RetryPolicy(**{name: value for name, value in given.items() if value is not None})
+
+
+def _with_defaults(form: TaskForm, defaults: TaskForm) -> TaskForm:
+    changes: dict[str, Any] = {
+        name: getattr(defaults, name)
+        for name in TaskForm.model_fields
+        if getattr(form, name) is None and getattr(defaults, name) is not None
+    }
+    changes["env"] = {**defaults.env, **form.env}
+    changes["labels"] = {**defaults.labels, **form.labels}
+    return form.model_copy(update=changes)
+
+
+def contradictions(form: TaskForm) -> Iterator[Finding]:
+    """Old and new forms of one thing with different values, at the older key."""
+    retry = form.retry or RetryForm()
+    pairs = (
+        ("max_retries", form.max_retries, "retry.max", retry.max),
+        ("retry_delay", form.retry_delay, "retry.delay", retry.delay),
+        ("grace_period_sec", form.grace_period_sec, "grace_period", form.grace_period),
+    )
+    for old, old_value, new, new_value in pairs:
+        if old_value is not None and new_value is not None and old_value != new_value:
+            yield Finding(
+                (old,), f"'{old}' is {old_value:g} and '{new}' is {new_value:g}: one thing, two values; keep one", True
+            )

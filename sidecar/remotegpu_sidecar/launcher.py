@@ -1,0 +1,347 @@
+"""The agent's client of the spawner and of the shims: launches runs and takes over those of an earlier agent.
+
+Files are written and read on the event loop where they are a few kilobytes in the page cache, since a hand-over to a
+thread costs more; whatever grows with the host (all directories, all of /proc) goes to a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from pydantic import ValidationError
+
+from remotegpu_schemas.attempt import ProcessIdentity, RunSpec, RunStarted
+from remotegpu_schemas.errors import Retryable
+from remotegpu_sidecar import identity, record, remains, shim, spawner
+from remotegpu_sidecar.adoption import Adopted, AdoptedState, Found, directory_name, inspect, survey
+from remotegpu_sidecar.runs import Run, write_deadline
+
+__all__ = ["Adopted", "AdoptedState", "LaunchError", "Launcher", "Place", "Run"]
+
+Place = Callable[[ProcessIdentity], Awaitable[None]]
+"""Puts a shim where its run belongs (scope, cgroup) before the task is started; what it raises refuses the launch."""
+
+HELLO_TIMEOUT_S: Final = 30.0
+SPAWNER_STOP_TIMEOUT_S: Final = 5.0
+LOST_KILL_TIMEOUT_S: Final = 10.0
+
+_LAUNCH_ATTEMPTS: Final = 3
+# A shim's own lines beside the spec; the sum stays readable.
+_SPEC_MAX_BYTES: Final = record.MAX_BYTES - 64 * 1024
+
+
+class LaunchError(Retryable):
+    """Not even the shim could be made, or it was refused its place; nothing of the task has run. `errno` if known."""
+
+    def __init__(self, message: str, number: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = number
+
+
+class Launcher:
+    """Owns the spawner. The runs it returns belong to the caller, and live on when it stops."""
+
+    def __init__(self, attempts_dir: Path, *, python: str = sys.executable) -> None:
+        self._attempts_dir = attempts_dir.absolute()
+        self._python = python
+        self._spawner: _Spawner | None = None
+        self._spawner_lock = asyncio.Lock()
+        self._is_started = False
+
+    async def start(self) -> None:
+        """Make the directory and the spawner. Raises LaunchError, OSError."""
+        self._attempts_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._is_started = True
+        await self._living_spawner()
+
+    async def stop(self) -> None:
+        """End the spawner. Runs stay as they are. Safe to repeat."""
+        self._is_started = False
+        async with self._spawner_lock:
+            if self._spawner is not None:
+                await self._spawner.stop()
+                self._spawner = None
+
+    @property
+    def spawner_pid(self) -> int | None:
+        """The spawner's pid, for `doctor` and tests."""
+        return self._spawner.pid if self._spawner else None
+
+    async def launch(self, spec: RunSpec, deadline_boottime_ns: int | None = None, place: Place | None = None) -> Run:
+        """Start a run and return once its task executes, or has failed to: then `wait` gives EndedBy.LAUNCH at once.
+
+        Raises LaunchError when nothing of it ever ran. A run directory is used once: repeat with another run number.
+        If the caller is cancelled after the start, the run goes on and is there for `adopt`.
+        """
+        directory = self._make_directory(spec, deadline_boottime_ns)
+        channel, hello = await self._obtain_shim(directory)
+        with contextlib.closing(channel):
+            try:
+                pidfd = identity.open_pidfd(hello)
+            except OSError as error:
+                raise LaunchError(f"the shim of {directory.name} was lost: {error}", error.errno) from error
+            with _closed_on_error(pidfd):
+                if place is not None:
+                    await _put(place, hello, directory)
+                started = await _say_go(channel, directory)
+                return Run(directory, spec, started, hello, pidfd)
+
+    async def adopt(self) -> list[Adopted]:
+        """Take stock of every attempt directory, once, before the first launch. Kills what lost shims left behind."""
+        found = await asyncio.to_thread(survey, self._attempts_dir)
+        adopted = [self._take_over(each) for each in found]
+        mains: dict[remains.RunKey, ProcessIdentity | None] = {
+            (each.record.spec.attempt_id, each.record.spec.run_no): each.record.started.process
+            if each.record.started
+            else None
+            for each in adopted
+            if each.state is AdoptedState.LOST and each.record is not None
+        }
+        if not mains:
+            return adopted
+        left = await remains.kill(mains, LOST_KILL_TIMEOUT_S)
+        return [_with_left(each, left) for each in adopted]
+
+    def _take_over(self, found: Found) -> Adopted:
+        run: Run | None = None
+        if found.state is AdoptedState.RUNNING and found.record is not None and found.shim is not None:
+            try:
+                pidfd = identity.open_pidfd(found.shim)
+            except ProcessLookupError:  # it has ended since the look at it
+                return self._take_over(inspect(found.directory))
+            run = Run(found.directory, found.record.spec, found.record.started, found.shim, pidfd)
+        return Adopted(found.directory, found.state, found.attempt_id, found.run_no, found.record, run, found.reason)
+
+    # --- the launch, step by step ---
+
+    def _make_directory(self, spec: RunSpec, deadline_boottime_ns: int | None) -> Path:
+        try:
+            directory = self._attempts_dir / directory_name(spec.attempt_id, spec.run_no)
+        except ValueError as error:
+            raise LaunchError(str(error), errno.EINVAL) from None
+        line = record.encode("spec", spec.model_dump_json().encode())
+        if len(line) > _SPEC_MAX_BYTES:
+            raise LaunchError(f"the run's spec has {len(line)} bytes, more than {_SPEC_MAX_BYTES}", errno.E2BIG)
+        try:
+            directory.mkdir(mode=0o700)
+        except FileExistsError:
+            raise LaunchError(
+                f"run {directory.name} exists already; a run is never started twice", errno.EEXIST
+            ) from None
+        except OSError as error:
+            raise LaunchError(f"no directory for run {directory.name}: {error}", error.errno) from error
+        try:
+            if deadline_boottime_ns is not None:
+                write_deadline(directory, deadline_boottime_ns)
+            _write_record(directory, line)
+        except OSError as error:
+            for name in (shim.DEADLINE_FILE, record.FILE_NAME):
+                (directory / name).unlink(missing_ok=True)
+            directory.rmdir()
+            raise LaunchError(f"the spec of run {directory.name} cannot be written: {error}", error.errno) from error
+        return directory
+
+    async def _obtain_shim(self, directory: Path) -> tuple[socket.socket, ProcessIdentity]:
+        """A shim that waits for its go. One that said nothing has started nothing: a lost spawner costs a repeat."""
+        for _ in range(_LAUNCH_ATTEMPTS):
+            living = await self._living_spawner()
+            try:
+                channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            except OSError as error:
+                raise LaunchError(f"no channel for run {directory.name}: {error}", error.errno) from error
+            try:
+                channel.setblocking(False)
+                with contextlib.closing(theirs):
+                    await living.send(json.dumps({"dir": str(directory)}).encode(), theirs.fileno())
+                async with asyncio.timeout(HELLO_TIMEOUT_S):
+                    message = await _receive(channel)
+            except TimeoutError:
+                channel.close()
+                await self._discard(living)
+                raise LaunchError(f"the spawner did not answer within {HELLO_TIMEOUT_S:g} s", errno.ETIMEDOUT) from None
+            except ConnectionError:
+                channel.close()
+                await self._discard(living)
+            except BaseException:
+                channel.close()
+                raise
+            else:
+                if message is not None:
+                    return channel, _hello_of(message, channel, directory)
+                channel.close()
+        raise LaunchError(f"the shim of run {directory.name} was lost before it could start anything")
+
+    async def _living_spawner(self) -> _Spawner:
+        async with self._spawner_lock:
+            if not self._is_started:
+                raise LaunchError("the launcher is stopped")
+            if self._spawner is not None and self._spawner.has_ended:
+                await self._spawner.stop()
+                self._spawner = None
+            if self._spawner is None:
+                self._spawner = _Spawner(self._python)
+            return self._spawner
+
+    async def _discard(self, broken: _Spawner) -> None:
+        async with self._spawner_lock:
+            if self._spawner is broken:
+                self._spawner = None
+        await broken.stop(is_stuck=True)
+
+
+class _Spawner:
+    """The spawner's process and the socket to it."""
+
+    def __init__(self, python: str) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._socket = ours
+        with contextlib.closing(theirs):
+            try:
+                self._process = subprocess.Popen(
+                    [python, "-I", "-S", "-X", "utf8", spawner.__file__, str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                    cwd="/",
+                    env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
+                )
+            except OSError as error:
+                ours.close()
+                raise LaunchError(f"the spawner cannot be started: {error}", error.errno) from error
+        self.pid = self._process.pid
+        self._loop = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
+        self._pidfd = os.pidfd_open(self.pid)
+        self._loop.add_reader(self._pidfd, self._on_end)
+        self._sending = asyncio.Lock()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is known to be gone."""
+        return self._ended.is_set()
+
+    async def send(self, message: bytes, fd: int) -> None:
+        """Hand over a launch. Raises ConnectionError when the spawner is gone."""
+        async with self._sending:
+            while True:
+                try:
+                    socket.send_fds(self._socket, [message], [fd])
+                    return
+                except BlockingIOError:
+                    await self._until_writable()
+
+    async def stop(self, *, is_stuck: bool = False) -> None:
+        """Let it go by itself, or kill it when it is stuck or slow. Safe to repeat."""
+        self._socket.close()
+        if is_stuck:
+            self._process.kill()
+        try:
+            async with asyncio.timeout(SPAWNER_STOP_TIMEOUT_S):
+                await self._ended.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._ended.wait()
+
+    async def _until_writable(self) -> None:
+        writable = asyncio.Event()
+        self._loop.add_writer(self._socket, writable.set)
+        try:
+            await writable.wait()
+        finally:
+            self._loop.remove_writer(self._socket)
+
+    def _on_end(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._process.wait()
+        self._ended.set()
+
+
+def _write_record(directory: Path, line: bytes) -> None:
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    fd = os.open(directory / record.FILE_NAME, flags, 0o600)
+    try:
+        record.append(fd, line)
+    finally:
+        os.close(fd)
+
+
+async def _receive(channel: socket.socket) -> dict[str, object] | None:
+    """The next message; None when the other side is gone."""
+    try:
+        message = await asyncio.get_running_loop().sock_recv(channel, shim.MESSAGE_MAX_BYTES)
+    except ConnectionError:
+        return None
+    value = json.loads(message) if message else None
+    return value if isinstance(value, dict) else None
+
+
+def _hello_of(message: dict[str, object], channel: socket.socket, directory: Path) -> ProcessIdentity:
+    try:
+        if "hello" in message:
+            return ProcessIdentity.model_validate(message["hello"])
+        raise _launch_error(message, directory)
+    except (LaunchError, ValidationError):
+        channel.close()
+        raise
+
+
+async def _put(place: Place, hello: ProcessIdentity, directory: Path) -> None:
+    try:
+        await place(hello)
+    except LaunchError:
+        raise
+    except Exception as error:
+        raise LaunchError(
+            f"run {directory.name} was refused its place: {error}", getattr(error, "errno", None)
+        ) from error
+
+
+async def _say_go(channel: socket.socket, directory: Path) -> RunStarted | None:
+    """Let the task start; None if it has not, for a reason on record, or if the shim was lost: `wait` tells."""
+    try:
+        channel.send(b'{"go":{}}')
+    except OSError as error:
+        raise LaunchError(f"the shim of run {directory.name} was lost: {error}", error.errno) from error
+    message = await _receive(channel)
+    if message is None or "ended" in message:
+        return None
+    if "started" in message:
+        return RunStarted.model_validate(message["started"])
+    raise _launch_error(message, directory)
+
+
+def _launch_error(message: dict[str, object], directory: Path) -> LaunchError:
+    number = message.get("errno")
+    return LaunchError(f"run {directory.name}: {message.get('error')}", number if isinstance(number, int) else None)
+
+
+@contextlib.contextmanager
+def _closed_on_error(fd: int) -> Generator[None]:
+    try:
+        yield
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _with_left(adopted: Adopted, left: dict[remains.RunKey, list[int]]) -> Adopted:
+    if adopted.state is not AdoptedState.LOST or adopted.record is None:
+        return adopted
+    pids = left[adopted.record.spec.attempt_id, adopted.record.spec.run_no]
+    if not pids:
+        return adopted
+    return replace(adopted, left_pids=tuple(pids), reason=f"processes that SIGKILL has not removed: {pids}")
