@@ -126,7 +126,7 @@ format: $(DEV_STAMP) ## formats and mends what ruff can mend
 ## Care
 
 # Names, versions and hashes only: an index or download address would tie every clone to one place.
-COMPILE = $(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+COMPILE = $(PYTHON) -m uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-strip-extras \
   --no-emit-index-url --no-emit-find-links --custom-compile-command 'make requirements' pyproject.toml
 
 .PHONY: requirements

@@ -9,13 +9,13 @@ from remotegpu_schemas.task import TaskId
 
 
 class Announcer:
-    """Ends of tasks, for those who wait for one. Announcing to nobody is free; nothing is remembered."""
+    """Starts and ends of runs, for those who wait for one. Announcing to nobody is free; nothing is remembered."""
 
     def __init__(self) -> None:
         self._waiters: defaultdict[TaskId, set[asyncio.Future[None]]] = defaultdict(set)
 
     def listen(self, task_id: TaskId) -> asyncio.Future[None]:
-        """A future that is done at the next announcement; to be taken *before* the state is read. Cancel it after use."""
+        """A future that is done at the next announcement. Take it *before* the state is read, cancel it after use."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters[task_id].add(future)
         future.add_done_callback(lambda done: self._forget(task_id, done))

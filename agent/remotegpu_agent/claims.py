@@ -14,7 +14,7 @@ from remotegpu_agent.clock import Clock
 from remotegpu_agent.control_plane import ControlPlane, Reply
 from remotegpu_agent.dispatch import Dispatcher
 from remotegpu_queue import backoff, leasing, outbox, units
-from remotegpu_queue.store import Store
+from remotegpu_queue.store import Store, StoreUnavailable
 from remotegpu_queue.units import ClaimResult, NewAttempt
 from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId
@@ -33,6 +33,7 @@ from remotegpu_schemas.wire import (
 
 log = structlog.get_logger(__name__)
 
+_STORE_RETRY_S: Final = 1.0
 _HELD_SHARE: Final = 0.5
 """An empty answer that took less than this share of `wait_sec` was not held by the plane."""
 
@@ -96,10 +97,9 @@ class Claimer:
 
     def _room(self) -> int:
         """How many tasks could start now."""
-        if self._blocked():
+        if self._blocked() or self._dispatcher.has_blocked:
             return 0
-        free = self._dispatcher.free().slots - self._dispatcher.waiting_count
-        return min(free, limits.CLAIM_MAX_TASKS)
+        return min(self._dispatcher.free().slots, limits.CLAIM_MAX_TASKS)
 
     async def _claim(self, room: int) -> float:
         """One claim, repeated with the same request id until it is answered. Returns how long to pause (s)."""
@@ -175,7 +175,13 @@ class Claimer:
 
         for item in refused:
             log.error("a claimed task is refused", task_id=item.task_id, reason=item.reason)
-        return await self._store.write(unit)
+        while True:
+            try:
+                return await self._store.write(unit)
+            except StoreUnavailable as error:
+                # The plane has given them to this agent: they are stored late, or their leases end first.
+                log.error("claimed tasks cannot be stored yet", tasks=len(attempts), error=str(error))
+                await asyncio.sleep(_STORE_RETRY_S)
 
     def _is_for_me(self, claim: Claim) -> bool:
         if claim.machine_id in {None, self._settings.machine_id}:

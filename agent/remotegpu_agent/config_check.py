@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import re
 import ssl
 import stat
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -19,8 +21,11 @@ if TYPE_CHECKING:
 
 CREDENTIAL_NAME: Final = "control-plane-token"
 """The systemd credential that stands in for `control_plane.token_file` (systemd.exec(5), LoadCredential=)."""
+_CA_MEND: Final = "name the PEM file of who signed the control plane's certificate"
 TOKEN_MAX_BYTES: Final = 8192
 """Servers refuse header lines above 8 KiB."""
+TOKENS_FILE_MAX_BYTES: Final = 64 * 1024
+"""As the API reads it."""
 
 
 def token_path(config: Config, environ: Mapping[str, str]) -> Path | None:
@@ -28,7 +33,7 @@ def token_path(config: Config, environ: Mapping[str, str]) -> Path | None:
     if config.control_plane.token_file is not None:
         return config.control_plane.token_file
     directory = environ.get("CREDENTIALS_DIRECTORY")
-    if directory and (credential := Path(directory, CREDENTIAL_NAME)).exists():
+    if directory and os.path.exists(credential := Path(directory, CREDENTIAL_NAME)):
         return credential
     return None
 
@@ -61,10 +66,14 @@ def read_control_plane_token(config: Config, environ: Mapping[str, str]) -> str:
 def read_token(path: Path) -> str:
     """The token in a file of one line. Raises ValueError with a predicate that never shows the content, OSError."""
     with path.open("rb") as file:
-        raw = file.read(TOKEN_MAX_BYTES + 1)
+        return check_token(file.read(TOKEN_MAX_BYTES + 1))
+
+
+def check_token(raw: bytes) -> str:
+    """The token itself, without blanks around it. Raises ValueError as `read_token` does."""
     token = raw.strip()
     if not token:
-        raise ValueError("is empty; write the token into it")
+        raise ValueError("is empty; write the token of this machine there")
     if len(raw) > TOKEN_MAX_BYTES:
         raise ValueError(f"is larger than {TOKEN_MAX_BYTES} bytes; is it the right file?")
     if len(token.split()) > 1 or not all(0x21 <= byte <= 0x7E for byte in token):
@@ -94,9 +103,9 @@ def _tls_problems(plane: ControlPlaneSection) -> list[str | None]:
         try:
             ssl.create_default_context(cafile=str(plane.ca_file))
         except ssl.SSLError:
-            problems.append(f"control_plane.ca_file: {plane.ca_file} holds no certificate in PEM form")
+            problems.append(f"control_plane.ca_file: {plane.ca_file} holds no certificate in PEM form; {_CA_MEND}")
         except OSError as error:
-            problems.append(f"control_plane.ca_file: {_cannot('read', plane.ca_file, error)}")
+            problems.append(f"control_plane.ca_file: {_cannot('read', plane.ca_file, error)}; {_CA_MEND}")
     if plane.client_cert_file is not None and plane.client_key_file is not None:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(
@@ -105,10 +114,14 @@ def _tls_problems(plane: ControlPlaneSection) -> list[str | None]:
         except ssl.SSLError as error:
             problems.append(
                 f"control_plane.client_cert_file: {plane.client_cert_file} and {plane.client_key_file} are no "
-                f"certificate with its key in PEM form ({error.reason or 'not readable'})"
+                f"certificate with its key in PEM form, without a pass phrase ({error.reason or 'not readable'}); "
+                "name the pair that was issued for this machine"
             )
         except OSError as error:
-            problems.append(f"control_plane.client_cert_file: {_reason(error)} ({plane.client_cert_file} or its key)")
+            problems.append(
+                f"control_plane.client_cert_file: cannot read {plane.client_cert_file} or its key: "
+                f"{_reason(error)}; make both readable by the agent"
+            )
     return problems
 
 
@@ -119,13 +132,21 @@ def _no_password() -> str:
 
 def _tokens_file_problem(path: Path) -> str | None:
     try:
-        text = path.read_bytes()[: TOKEN_MAX_BYTES * 8]
+        with path.open("rb") as file:
+            text = file.read(TOKENS_FILE_MAX_BYTES + 1)
     except OSError as error:
         return (
             f"api.tokens_file: {_cannot('read', path, error)}; make it with `remotegpu-agent token new --append {path}`"
         )
-    if not any(line.strip() and not line.lstrip().startswith(b"#") for line in text.splitlines()):
+    if len(text) > TOKENS_FILE_MAX_BYTES:
+        return f"api.tokens_file: {path} is larger than {TOKENS_FILE_MAX_BYTES} bytes; is it the right file?"
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1)]
+    entries = [(number, line) for number, line in lines if line and not line.startswith(b"#")]
+    if not entries:
         return f"api.tokens_file: {path} has no token; write one a line, as name:role:token"
+    for number, entry in entries:
+        if b":" in entry and not re.fullmatch(rb"[^:]+:(read|operate):.+", entry):
+            return f"api.tokens_file: {path}, line {number}: write name:role:token, with the role 'read' or 'operate'"
     return None
 
 
@@ -157,6 +178,11 @@ def _directory_problem(key: str, path: Path, mend: str) -> str | None:
         is_there = nearest == path
         what = f"{path} cannot be written to" if is_there else f"{path} cannot be made: no right to write to {nearest}"
         return f"{key}: {what}; {mend}"
+    try:
+        # Only trying tells of file systems that take no files, as /proc. The file has no name, or loses it at once.
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        return f"{key}: {_cannot('write to', nearest, error)}; {mend}"
     return None
 
 

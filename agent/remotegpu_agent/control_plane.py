@@ -18,7 +18,6 @@ import structlog
 from remotegpu_agent import VERSION
 from remotegpu_agent.clock import Clock
 from remotegpu_schemas import limits
-from remotegpu_schemas.attempt import AttemptId
 from remotegpu_schemas.errors import Misconfigured
 from remotegpu_schemas.task import TaskId
 from remotegpu_schemas.wire import (
@@ -28,6 +27,7 @@ from remotegpu_schemas.wire import (
     JsonObject,
     RegisterRequest,
     RenewRequest,
+    UploadUrlRequest,
     Verdict,
     parse_answer,
 )
@@ -130,6 +130,10 @@ class ControlPlane:
         """POST /tasks/{id}/KIND, with KIND one of start, progress, complete, release; the body is sent as it is."""
         return await self._call(f"/tasks/{task_id}/{kind}", body)
 
+    async def upload_url(self, task_id: TaskId, request: UploadUrlRequest) -> Reply:
+        """POST /tasks/{id}/result/upload-url; only where the plane's `features` name `upload-url`."""
+        return await self._call(f"/tasks/{task_id}/result/upload-url", request.body())
+
     async def _call(self, path: str, body: JsonObject, *, extra_s: float = 0, timeout_s: float | None = None) -> Reply:
         reply = await self._try(path, body, (timeout_s or self._timeout_s) + extra_s)
         self._note(reply.answer)
@@ -177,10 +181,12 @@ class ControlPlane:
             token = self._token_file.read_text("utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise Misconfigured(
-                f"the token file {self._token_file} cannot be read: {error}; set control_plane.token_file to a readable file"
+                f"the token file {self._token_file} cannot be read: {error}; name another one"
             ) from error
         if not token or not token.isascii() or not token.isprintable() or " " in token:
-            raise Misconfigured(f"the token file {self._token_file} must hold one token of printable ASCII, and nothing else")
+            raise Misconfigured(
+                f"the token file {self._token_file} must hold one token of printable ASCII, and nothing else"
+            )
         return token
 
     def _reread_token(self) -> bool:

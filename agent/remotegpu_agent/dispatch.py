@@ -24,7 +24,8 @@ class Dispatcher:
         self._clock = clock
         self._changed = asyncio.Event()
         self.capacity = capacity
-        self.waiting_count = 0
+        self.has_blocked = False
+        """Whether a task that could run here waits for capacity: then no other one is asked for."""
         self._reasons: dict[AttemptId, str] = {}
 
     def changed(self) -> None:
@@ -49,17 +50,22 @@ class Dispatcher:
     async def decide(self) -> int | None:
         """One decision: start what fits. Returns when a delay ends (CLOCK_BOOTTIME ns), if one does."""
         waiting = await self._store.read(lambda db: views.waiting(db, _LOOK_AHEAD))
-        active = self._executor.active
+        active, now_ns = self._executor.active, self._clock.boottime_ns()
         waiting = [item for item in waiting if item.attempt_id not in active]
-        self.waiting_count = len(waiting)
         plan: Plan = scheduling.plan(
             waiting,
             self.capacity,
             [run.resources for run in active.values()],
             {run.task_id for run in active.values()},
-            self._clock.boottime_ns(),
+            now_ns,
         )
         self._reasons = plan.reasons
+        self.has_blocked = any(
+            item.attempt_id not in plan.starts
+            and item.ready_boottime_ns <= now_ns
+            and scheduling.never_fits(item.resources, self.capacity) is None
+            for item in waiting
+        )
         by_id = {item.attempt_id: item for item in waiting}
         for attempt_id in plan.starts:
             item = by_id[attempt_id]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -32,11 +32,11 @@ from remotegpu_queue.transitions import (
     outcome_of,
     outcome_of_missing,
 )
-from remotegpu_schemas.attempt import AttemptId, Lease, RunNo, RunRecord, RunStarted
+from remotegpu_schemas.attempt import AttemptId, EndedBy, Lease, RunEnded, RunNo, RunRecord, RunStarted
 from remotegpu_schemas.states import CAUSE_RULES, Cause, wire_exit_code
 from remotegpu_schemas.task import Resources, TaskId
 from remotegpu_schemas.wire import CompleteReport, JsonObject, ReleaseReport, StartReport, format_time
-from remotegpu_sidecar.launcher import LaunchError, Launcher, Run
+from remotegpu_sidecar.launcher import Launcher, LaunchError, Run
 from remotegpu_sidecar.output import read_output
 
 log = structlog.get_logger(__name__)
@@ -74,7 +74,10 @@ class Active:
 
 
 class Executor:
-    """Starts, adopts, stops and finishes runs. `on_change` is called when capacity or the outbox changed."""
+    """Starts, adopts, stops and finishes runs.
+
+    `on_free` is called when capacity or the queue has changed, `on_report` when a report is due.
+    """
 
     def __init__(
         self,
@@ -85,7 +88,8 @@ class Executor:
         loops: Loops,
         announcer: Announcer,
         *,
-        on_change: Callable[[], None],
+        on_free: Callable[[], None],
+        on_report: Callable[[], None],
     ) -> None:
         self._store = store
         self._launcher = launcher
@@ -93,7 +97,8 @@ class Executor:
         self._settings = settings
         self._loops = loops
         self._announcer = announcer
-        self._on_change = on_change
+        self._on_free = on_free
+        self._on_report = on_report
         self._on_started: list[Callable[[Active], None]] = []
         self._on_ended: list[Callable[[Active], None]] = []
         self._starting = asyncio.Semaphore(settings.max_starting)
@@ -127,7 +132,7 @@ class Executor:
             for tell in self._on_ended:
                 tell(active)
             self._announcer.announce(active.task_id)
-            self._on_change()
+            self._on_free()
 
     async def _execute(self, active: Active) -> None:
         attempt_id = active.attempt_id
@@ -143,25 +148,31 @@ class Executor:
             await self.end_waiting(waiting, Cause.POLICY_REFUSED, reason)
             return
         try:
-            attempt, run_no = await self._store.write(
-                lambda db: units.begin_run(db, attempt_id, self._clock.wall_ms())
-            )
+            attempt, run_no = await self._store.write(lambda db: units.begin_run(db, attempt_id, self._clock.wall_ms()))
         except LostRace as race:
             log.info("a task is not started", attempt_id=attempt_id, reason=str(race))
             return
         active.attempt, active.run_no = attempt, run_no
+        if active.stop_cause is not None:
+            # It was asked for before there was anything to stop; the cause is stored with the end.
+            never_ran = RunEnded(ended_by=EndedBy.STOP, ended_wall_ns=self._clock.wall_ms() * 1_000_000)
+            await self._finish(active, outcome_of(never_ran, active.stop_cause), None)
+            return
         try:
             async with self._starting:
-                run = await self._launch(active, attempt, run_no)
-        except (LaunchError, OSError) as error:
+                run = await self._launch(attempt, run_no)
+        except (LaunchError, OSError, ValueError) as error:
             outcome = Outcome(
-                Cause.LAUNCH_FAILED, wire_exit_code(Cause.LAUNCH_FAILED, None, None), None, f"the task was not started: {error}"
+                Cause.LAUNCH_FAILED,
+                wire_exit_code(Cause.LAUNCH_FAILED, None, None),
+                None,
+                f"the task was not started: {error}",
             )
             await self._finish(active, outcome, None)
             return
         await self._follow(active, run)
 
-    async def _launch(self, active: Active, attempt: Attempt, run_no: RunNo) -> Run:
+    async def _launch(self, attempt: Attempt, run_no: RunNo) -> Run:
         prepare_work_dir(attempt.task, self._settings.run)
         lease = self.leases.current(attempt.attempt_id) or attempt.lease
         lease_grace_s = 0.0
@@ -185,10 +196,18 @@ class Executor:
     def adopt(self, attempt: Attempt, run_no: RunNo, run: Run, stop_cause: Cause | None) -> None:
         """Take over a run that another agent process started; its identity and report are stored if they were not."""
         active = Active(attempt.attempt_id, attempt.task_id, attempt.task.resources, attempt, run_no)
-        active.stop_cause = stop_cause
+        active.run, active.stop_cause = run, stop_cause
         self.active[attempt.attempt_id] = active
-        self.leases.hold(attempt)
         self._loops.spawn(f"run-{attempt.attempt_id}", lambda: self._own(active, self._follow(active, run)))
+
+    def hold_lease(self, attempt: Attempt) -> None:
+        """Keep an open attempt's lease, with or without a process; the later one of store and shim counts."""
+        active, lease = self.active.get(attempt.attempt_id), attempt.lease
+        if active is not None and active.run is not None and lease is not None:
+            deadline_ns = max(lease.deadline_boottime_ns, active.run.deadline_boottime_ns or 0)
+            lease = lease.model_copy(update={"deadline_boottime_ns": deadline_ns})
+            attempt = replace(attempt, lease=lease)
+        self.leases.hold(attempt)
 
     async def settle(
         self, attempt: Attempt, run_no: RunNo, stop_cause: Cause | None, record: RunRecord | None, missing: str
@@ -206,16 +225,44 @@ class Executor:
     async def _follow(self, active: Active, run: Run) -> None:
         active.run = run
         if run.started is not None:
-            active.started = run.started
-            # Not awaited: the record on disk has the identity already, and units are committed in order.
-            await self._store.enqueue(self._started_unit(active, run.started))
-            for tell in self._on_started:
-                tell(active)
-            self._on_change()
+            await self._note_started(active, run.started)
         if active.stop_cause is not None:
             self._signal(active)
         record = await run.wait()
+        if active.started is None and record.started is not None:
+            await self._note_started(active, record.started)
         await self._finish(active, self._outcome(active, record, Missing.SHIM_LOST), record)
+
+    async def _note_started(self, active: Active, started: RunStarted) -> None:
+        """Store identity and report. Not waited for: the record has the identity, and units are committed in order."""
+        active.started = started
+        unit = self._started_unit(active, started)
+        stored = await self._store.enqueue(unit)
+        stored.add_done_callback(lambda done: self._on_started_stored(active, unit, done))
+        for tell in self._on_started:
+            tell(active)
+
+    def _on_started_stored(self, active: Active, unit: Callable[..., None], done: asyncio.Future[None]) -> None:
+        if done.cancelled():
+            return
+        error = done.exception()
+        if error is None:
+            self._announcer.announce(active.task_id)
+            self._on_report()
+        elif isinstance(error, StoreUnavailable):
+            self._loops.spawn(f"started-{active.attempt_id}", lambda: self._store_again(unit))
+        else:
+            log.error("the start of a run could not be stored", attempt_id=active.attempt_id, error=str(error))
+
+    async def _store_again(self, unit: Callable[..., None]) -> None:
+        while True:
+            await asyncio.sleep(_STORE_RETRY_S)
+            try:
+                await self._store.write(unit)
+            except StoreUnavailable:
+                continue
+            self._on_report()
+            return
 
     def _started_unit(self, active: Active, started: RunStarted) -> Callable[..., None]:
         attempt_id, run_no = active.attempt_id, active.run_no
@@ -319,6 +366,8 @@ class Executor:
                 log.error("a result cannot be stored yet", attempt_id=active.attempt_id, error=str(error))
                 await asyncio.sleep(_STORE_RETRY_S)
             else:
+                if report is not None:
+                    self._on_report()
                 return
 
     # --- stopping ---
@@ -336,9 +385,7 @@ class Executor:
             return await self.end_waiting(attempt, cause, _WAITING_SENTENCES.get(cause, f"ended: {cause}"))
         if active.run_no:
             try:
-                cause = await self._store.write(
-                    lambda db: units.request_stop(db, attempt_id, active.run_no, cause)
-                )
+                cause = await self._store.write(lambda db: units.request_stop(db, attempt_id, active.run_no, cause))
             except LostRace:
                 return False
         active.stop_cause = cause
@@ -377,7 +424,8 @@ class Executor:
             return False
         self.leases.release(attempt.attempt_id)
         self._announcer.announce(attempt.task_id)
-        self._on_change()
+        self._on_free()
+        self._on_report()
         log.info("a waiting task has ended", task_id=attempt.task_id, attempt_id=attempt.attempt_id, cause=cause)
         return True
 

@@ -35,6 +35,8 @@ class LeaseSettings:
     ttl_s: float
     renew_interval_s: float
     margin_s: float
+    continues_when_unreachable: bool = False
+    """A run whose lease could not be renewed goes on until the control plane itself ends it (gives up promise 2)."""
 
 
 @dataclass
@@ -59,7 +61,8 @@ class LeaseKeeper:
         random: Callable[[], float],
         *,
         extend: Callable[[AttemptId, Lease], None],
-        stop: Callable[[AttemptId, Cause], Awaitable[None]],
+        stop: Callable[[AttemptId, Cause], Awaitable[object]],
+        has_process: Callable[[AttemptId], bool],
     ) -> None:
         self._store = store
         self._clock = clock
@@ -68,6 +71,7 @@ class LeaseKeeper:
         self._random = random
         self._extend = extend
         self._stop = stop
+        self._has_process = has_process
         self._held: dict[AttemptId, _Held] = {}
         self.plane: ControlPlane | None = None
 
@@ -113,16 +117,18 @@ class LeaseKeeper:
         next_renewal_ns = self._renewal_due_ns(held)
         while not held.is_released:
             now_ns = self._clock.boottime_ns()
-            if now_ns >= held.lease.deadline_boottime_ns:
+            is_over = now_ns >= held.lease.deadline_boottime_ns
+            if is_over and not (self._settings.continues_when_unreachable and self._has_process(attempt_id)):
                 self._held.pop(attempt_id, None)
                 log.warning("a lease has ended", task_id=held.task_id, attempt_id=attempt_id)
                 await self._stop(attempt_id, Cause.LEASE_LOST)
                 return
             may_renew = held.is_start_accepted and self.plane is not None
             if not may_renew or now_ns < next_renewal_ns:
-                until_ns = held.lease.deadline_boottime_ns
-                until_ns = min(next_renewal_ns, until_ns) if may_renew else until_ns
-                if await self._wait(held, (until_ns - now_ns) / 1e9) and may_renew:
+                due_ns = [] if is_over else [held.lease.deadline_boottime_ns]
+                due_ns += [next_renewal_ns] if may_renew else []
+                has_changed = await self._wait(held, (min(due_ns) - now_ns) / 1e9 if due_ns else None)
+                if has_changed and may_renew:
                     next_renewal_ns = 0
                 continue
             if await self._renew(attempt_id, held):
@@ -134,13 +140,15 @@ class LeaseKeeper:
                 next_renewal_ns = self._clock.boottime_ns() + round(pause_s * 1e9)
 
     def _renewal_due_ns(self, held: _Held) -> int:
-        pause_s = leasing.renew_after_s(held.lease.ttl_s, held.renew_interval_s, self._random())
-        return self._clock.boottime_ns() + round(pause_s * 1e9)
+        """By what is left of the lease: of one that was taken over from an earlier agent little may be."""
+        now_ns = self._clock.boottime_ns()
+        left_s = max(0.0, (held.lease.deadline_boottime_ns - now_ns) / 1e9)
+        return now_ns + round(leasing.renew_after_s(left_s, held.renew_interval_s, self._random()) * 1e9)
 
-    async def _wait(self, held: _Held, seconds: float) -> bool:
+    async def _wait(self, held: _Held, seconds: float | None) -> bool:
         """Whether something changed before the time was over."""
         try:
-            async with asyncio.timeout(max(seconds, 0.0)):
+            async with asyncio.timeout(None if seconds is None else max(seconds, 0.0)):
                 await held.changed.wait()
         except TimeoutError:
             return False

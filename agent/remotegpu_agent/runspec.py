@@ -19,6 +19,8 @@ from remotegpu_schemas.task import Task, TaskId, TaskType
 
 DEFAULT_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SCRIPT_NAME: Final = ".remotegpu-script"
+MESSAGES_DIR: Final = ".remotegpu"
+"""In the task's directory: what it tells the agent. A directory of its own, because the agent watches it."""
 PROGRESS_NAME: Final = "progress"
 OUTPUTS_NAME: Final = "outputs"
 _INTERPRETERS: Final = {TaskType.SHELL: "bash", TaskType.SCRIPT: "bash", TaskType.PYTHON: "python3"}
@@ -56,6 +58,11 @@ def check_runnable(task: Task) -> None:
 def work_dir(state_dir: Path, task_id: TaskId) -> Path:
     """Where the task may write: artifacts, outputs, progress, checkpoints; kept over its runs."""
     return state_dir / "work" / task_id
+
+
+def progress_path(state_dir: Path, task_id: TaskId) -> Path:
+    """The file whose last line is the task's progress; the task's own."""
+    return work_dir(state_dir, task_id) / MESSAGES_DIR / PROGRESS_NAME
 
 
 def grace_period_s(task: Task, settings: RunSettings) -> float:
@@ -117,8 +124,8 @@ def _environment(
         "NVIDIA_VISIBLE_DEVICES": "void",
         "REMOTEGPU_ARTIFACTS_DIR": str(directory / "artifacts"),
         "REMOTEGPU_CHECKPOINT_DIR": str(directory / "checkpoints"),
-        "REMOTEGPU_OUTPUTS": str(directory / OUTPUTS_NAME),
-        "REMOTEGPU_PROGRESS": str(directory / PROGRESS_NAME),
+        "REMOTEGPU_OUTPUTS": str(directory / MESSAGES_DIR / OUTPUTS_NAME),
+        "REMOTEGPU_PROGRESS": str(directory / MESSAGES_DIR / PROGRESS_NAME),
     }
     env.setdefault("LOGNAME", env["USER"])
     if settings.api_socket is not None:
@@ -138,7 +145,9 @@ def find_user(name: str) -> TaskUser:
     try:
         entry = pwd.getpwnam(name)
     except KeyError:
-        raise Misconfigured(f"tasks.run_as: there is no user {name!r} on this host; create it or name another") from None
+        raise Misconfigured(
+            f"tasks.run_as: there is no user {name!r} on this host; create it or name another"
+        ) from None
     groups = tuple(os.getgrouplist(entry.pw_name, entry.pw_gid))
     return TaskUser(name=entry.pw_name, uid=entry.pw_uid, gid=entry.pw_gid, groups=groups, home=entry.pw_dir)
 
@@ -151,12 +160,14 @@ def prepare_work_dir(task: Task, settings: RunSettings) -> None:
     parent = settings.state_dir / "work"
     parent.mkdir(mode=0o711, exist_ok=True)
     directory = work_dir(settings.state_dir, task.task_id)
-    if not directory.exists():
-        directory.mkdir(mode=0o700)
-        for name in ("artifacts", "checkpoints"):
-            (directory / name).mkdir(mode=0o700)
-            _give(directory / name, settings.user)
-        _give(directory, settings.user)
+    directory.mkdir(mode=0o700, exist_ok=True)
+    user = settings.user
+    # Once the directory is the task's, nothing in it is touched any more; given away last, so that a crash is mended.
+    if user is None or directory.stat().st_uid in {os.geteuid(), 0}:
+        for name in ("artifacts", "checkpoints", MESSAGES_DIR):
+            (directory / name).mkdir(mode=0o700, exist_ok=True)
+            _give(directory / name, user)
+        _give(directory, user)
     if task.script is not None:
         _write_script(directory / SCRIPT_NAME, task.script, settings.user)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from remotegpu_queue.queries import SQL
 from remotegpu_queue.rows import Attempt, Run, attempt_of, one, run_of
 from remotegpu_queue.scheduling import Waiting
-from remotegpu_schemas.attempt import AttemptId
+from remotegpu_schemas.attempt import AttemptId, RunNo
 from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.states import TaskState
 from remotegpu_schemas.task import Resources, TaskId
@@ -43,6 +43,12 @@ def attempt(db: sqlite3.Connection, attempt_id: AttemptId) -> Attempt | None:
 def open_attempts(db: sqlite3.Connection) -> list[Attempt]:
     """Leased attempts that have not ended, and whatever has a process."""
     return [attempt_of(row) for row in db.execute(SQL["open_attempts"])]
+
+
+def run(db: sqlite3.Connection, attempt_id: AttemptId, run_no: RunNo) -> Run | None:
+    """One run, or None."""
+    row = one(db, "run", {"attempt_id": attempt_id, "run_no": run_no})
+    return run_of(row) if row is not None else None
 
 
 def open_runs(db: sqlite3.Connection) -> list[Run]:

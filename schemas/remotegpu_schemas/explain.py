@@ -43,6 +43,12 @@ def explain(error: ValidationError, model: type[BaseModel], wording: Wording) ->
     return [_finding(detail, model, wording, number <= _NEAREST_MAX) for number, detail in enumerate(details, start=1)]
 
 
+def sentences(error: ValidationError) -> list[str]:
+    """The errors as sentences, for what has no place of its own in what was written."""
+    details = error.errors(include_url=False)
+    return [_finding(detail, BaseModel, Wording(), False).message for detail in details]
+
+
 def _finding(detail: Mapping[str, Any], model: type[BaseModel], wording: Wording, seeks_nearest: bool) -> Finding:
     path: Path = tuple(detail["loc"])
     kind: str = detail["type"]
@@ -58,6 +64,8 @@ def _finding(detail: Mapping[str, Any], model: type[BaseModel], wording: Wording
     refusal = wording.refuse_value(path, detail.get("input"))
     if refusal is not None:
         return Finding(path, refusal)
+    if kind == "value_error" and not path:
+        return Finding(path, _predicate(detail))
     return Finding(path, f"{wording.name(path) if path else 'the document'} {_predicate(detail)}")
 
 

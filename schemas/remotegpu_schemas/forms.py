@@ -1,11 +1,14 @@
-"""The base of everything that a person fills in: task files and the config. Knows neither."""
+"""The base of everything that a person fills in: task files and the config; and what text may hold. Knows neither."""
 
 from __future__ import annotations
 
+import re
 import typing
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
+
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 class Form(BaseModel):
@@ -41,9 +44,11 @@ def scalar_text(value: object) -> object:
 
 
 def no_nul(value: str) -> str:
-    """Refuse the one character that no argument, name or path can hold. Raises ValueError."""
+    """Refuse what no argument, name or path can hold: NUL, and what UTF-8 cannot write. Raises ValueError."""
     if "\0" in value:
         raise ValueError("must not contain a NUL character")
+    if _SURROGATE.search(value):
+        raise ValueError("must not contain half of a surrogate pair, which is no character")
     return value
 
 

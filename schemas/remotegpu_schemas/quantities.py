@@ -40,12 +40,12 @@ def parse_duration(value: object) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """The shortest text that `parse_duration` reads back as the same number: `90s`, `10m`, `1.5s`."""
+    """The shortest text that `parse_duration` reads back as the same number (to the nanosecond): `90s`, `1.5s`."""
     for unit in ("d", "h", "m"):
         count = seconds / _UNITS_S[unit]
         if count >= 1 and count == int(count):
             return f"{int(count)}{unit}"
-    return f"{int(seconds) if seconds == int(seconds) else seconds}s"
+    return f"{seconds:.9f}".rstrip("0").rstrip(".") + "s"
 
 
 def _as_float(value: float) -> float:

@@ -6,6 +6,7 @@ Everything here is data: the queue applies it, a test walks every cell, `docs/st
 from __future__ import annotations
 
 import enum
+import errno
 from typing import Final, NamedTuple
 
 from remotegpu_schemas.task import RetryOn
@@ -231,11 +232,13 @@ def wire_exit_code(cause: Cause, exit_code: int | None, signal: int | None, laun
     (ENOENT gives 127 by the shell's convention, everything else 126).
     """
     rule = CAUSE_RULES[cause]
-    if cause is Cause.LAUNCH_FAILED and launch_errno == 2:
+    if cause is Cause.SUCCEEDED:
+        return 0
+    if cause is Cause.LAUNCH_FAILED and launch_errno == errno.ENOENT:
         return EXIT_NOT_FOUND
     if rule.uses_own_exit_code:
         if signal is not None:
             return 128 + signal
-        if exit_code is not None and (exit_code != 0 or cause is Cause.SUCCEEDED):
+        if exit_code:
             return exit_code
     return rule.fallback_exit_code

@@ -11,6 +11,7 @@ Knows nothing of models.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -173,10 +174,11 @@ def _meaning(text: str) -> bool | int | float | str | None:
 
 
 def _decode(text: bytes, file: str) -> str:
+    text = text.removeprefix(codecs.BOM_UTF8)
     try:
-        decoded = text.decode("utf-8-sig")
+        decoded = text.decode()
     except UnicodeDecodeError as error:
-        before = text[: error.start].decode("utf-8-sig")
+        before = text[: error.start].decode()
         lines = _LINE_BREAK.split(before)
         mark = Mark(len(lines), len(lines[-1]) + 1, 1)
         raise InvalidFile(

@@ -13,6 +13,7 @@ from typing import Annotated, NewType, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from remotegpu_schemas import limits
+from remotegpu_schemas.forms import no_nul
 
 TaskId = NewType("TaskId", str)
 
@@ -21,26 +22,22 @@ PRIORITY_DEFAULT = 5
 PRIORITY_LEAST_URGENT = 10
 
 
-def _no_nul(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("must not contain a NUL character")
-    return value
-
-
 def _argument(value: str) -> str:
-    if len(value.encode("utf-8", "surrogateescape")) >= limits.ARGUMENT_MAX_BYTES:
+    no_nul(value)
+    if len(value.encode()) >= limits.ARGUMENT_MAX_BYTES:
         raise ValueError(f"is longer than {limits.ARGUMENT_MAX_BYTES - 1} bytes, which Linux refuses")
-    return _no_nul(value)
+    return value
 
 
 def _environment_name(value: str) -> str:
     if not value or "=" in value:
         raise ValueError("an environment name must not be empty or contain '='")
-    return _no_nul(value)
+    return no_nul(value)
 
 
 Identifier = Annotated[str, StringConstraints(pattern=rf"^{limits.ID_PATTERN}$")]
 Argument = Annotated[str, AfterValidator(_argument)]
+LabelText = Annotated[str, StringConstraints(max_length=limits.LABEL_MAX_CHARS), AfterValidator(no_nul)]
 EnvironmentName = Annotated[str, AfterValidator(_environment_name)]
 Priority = Annotated[int, Field(ge=PRIORITY_MOST_URGENT, le=PRIORITY_LEAST_URGENT)]
 Seconds = Annotated[float, Field(ge=0, le=limits.TIMEOUT_MAX_S, allow_inf_nan=False)]
@@ -82,7 +79,10 @@ class Backoff(enum.StrEnum):
 
 
 class RetryOn(enum.StrEnum):
-    """The causes that a task may ask to be retried for, at the cost of one of its retries."""
+    """The causes that a task may ask to be retried for, at the cost of one of its retries.
+
+    `gpu_fault` is known to the format and needs no asking: it is not the task's doing and costs nothing.
+    """
 
     EXIT_CODE = "exit_code"
     SIGNAL = "signal"
@@ -136,11 +136,11 @@ class Task(Strict):
     """
 
     id: Identifier
-    name: Annotated[str, StringConstraints(max_length=limits.NAME_MAX_CHARS), AfterValidator(_no_nul)] = ""
+    name: Annotated[str, StringConstraints(max_length=limits.NAME_MAX_CHARS), AfterValidator(no_nul)] = ""
     type: TaskType = TaskType.SHELL
     command: Argument | None = None
     args: tuple[Argument, ...] | None = Field(default=None, max_length=limits.ARGUMENTS_MAX_COUNT)
-    script: Annotated[str, AfterValidator(_no_nul)] | None = None
+    script: Annotated[str, AfterValidator(no_nul)] | None = None
     interpreter: Argument | None = None
     workdir: Argument | None = None
     env: dict[EnvironmentName, Argument] = Field(default={}, max_length=limits.ENVIRONMENT_MAX_COUNT)
@@ -150,9 +150,9 @@ class Task(Strict):
     priority: Priority = PRIORITY_DEFAULT
     stop_signal: Annotated[int, Field(ge=1, le=64)] = 15
     retry: RetryPolicy = RetryPolicy()
-    labels: dict[str, str] = Field(default={}, max_length=limits.LABELS_MAX_COUNT)
-    group_id: str | None = None
-    parent_id: str | None = None
+    labels: dict[LabelText, LabelText] = Field(default={}, max_length=limits.LABELS_MAX_COUNT)
+    group_id: Identifier | None = None
+    parent_id: Identifier | None = None
 
     @model_validator(mode="after")
     def _has_something_to_run(self) -> Self:

@@ -21,6 +21,7 @@ from remotegpu_schemas.task import (
     Argument,
     Backoff,
     EnvironmentName,
+    LabelText,
     Priority,
     Resources,
     RetryOn,
@@ -60,7 +61,8 @@ def _identifier(value: str) -> str:
 Name = Annotated[Text, Field(max_length=limits.NAME_MAX_CHARS)]
 _Id = Annotated[str, BeforeValidator(scalar_text), AfterValidator(_identifier)]
 _Word = Annotated[Argument, BeforeValidator(scalar_text)]
-Labels = Annotated[dict[str, Text], Field(max_length=limits.LABELS_MAX_COUNT)]
+_LabelText = Annotated[LabelText, BeforeValidator(scalar_text)]
+Labels = Annotated[dict[LabelText, _LabelText], Field(max_length=limits.LABELS_MAX_COUNT)]
 _Signal = Annotated[int, BeforeValidator(_signal_number)]
 _Retries = Annotated[int, Field(ge=0, le=limits.RETRIES_MAX)]
 _Type = Annotated[TaskType, Field(strict=False)]
@@ -90,8 +92,8 @@ class RetryForm(Form):
 class TargetsForm(Form):
     """`targets:`, the machines that a task is meant for; the agent refuses what is not meant for it."""
 
-    machine_ids: list[Text] = Field(default=[])
-    ips: list[Text] = Field(default=[])
+    machine_ids: list[Name] = Field(default=[])
+    ips: list[Name] = Field(default=[])
 
 
 class TaskForm(Form):
@@ -116,9 +118,9 @@ class TaskForm(Form):
     stop_signal: _Signal | None = None
     retry: RetryForm | None = None
     labels: Labels = Field(default={})
-    group_id: Text | None = None
-    parent_id: Text | None = None
-    machine_id: Text | None = None
+    group_id: _Id | None = None
+    parent_id: _Id | None = None
+    machine_id: Name | None = None
     targets: TargetsForm | None = None
     max_retries: _Retries | None = None
     retry_delay: Duration | None = None
@@ -214,6 +216,10 @@ def contradictions(form: TaskForm) -> Iterator[Finding]:
     )
     for old, old_value, new, new_value in pairs:
         if old_value is not None and new_value is not None and old_value != new_value:
-            yield Finding(
-                (old,), f"'{old}' is {old_value:g} and '{new}' is {new_value:g}: one thing, two values; keep one", True
-            )
+            both = f"'{old}' is {_seen(old_value)} and '{new}' is {_seen(new_value)}"
+            yield Finding((old,), f"{both}: one thing, two values; keep one", True)
+
+
+def _seen(value: float) -> str:
+    """A number without loss: two that differ must not look alike."""
+    return str(int(value)) if value == int(value) else str(value)

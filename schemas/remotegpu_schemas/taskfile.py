@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, Field, ValidationError
 
 from remotegpu_schemas import limits
-from remotegpu_schemas.explain import Wording, explain
+from remotegpu_schemas.explain import Wording, explain, sentences
 from remotegpu_schemas.forms import Form
 from remotegpu_schemas.problems import Finding, InvalidFile, Path, Problem, dotted
 from remotegpu_schemas.strict_yaml import Document, load
@@ -178,8 +178,7 @@ def _last_check(submission: Submission) -> list[Finding]:
     try:
         submission.task(TaskId("check"))
     except ValidationError as error:
-        messages = [str(detail["msg"]) for detail in error.errors(include_url=False, include_input=False)]
-        return [Finding(("task",), message.removeprefix("Value error, "), at_key=True) for message in messages]
+        return [Finding(("task",), message, at_key=True) for message in sentences(error)]
     return []
 
 

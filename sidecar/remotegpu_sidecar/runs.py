@@ -60,6 +60,11 @@ class Run:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(pidfd, self._on_end)
 
+    @property
+    def deadline_boottime_ns(self) -> int | None:
+        """The deadline as this agent last read or set it; None without a lease."""
+        return self._deadline_ns
+
     async def wait(self) -> RunRecord:
         """Wait until the run is over and return its record. No `ended`: the shim was lost, and its tree is gone by now.
 

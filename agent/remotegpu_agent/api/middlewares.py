@@ -20,7 +20,7 @@ from remotegpu_agent.api.context import AUDIT_DETAIL, CALLER, Context, Route, co
 from remotegpu_agent.api.envelope import failure
 from remotegpu_agent.api.origins import check_host, check_origin
 from remotegpu_agent.audit import AuditEntry
-from remotegpu_schemas.errors import Code, Refused
+from remotegpu_schemas.errors import Code, Refused, Retryable
 
 _PATH_SHOWN_CHARS: Final = 200
 
@@ -133,6 +133,8 @@ async def _respond(context: Context, request: web.Request, handler: Handler) -> 
     except web.HTTPException as error:
         code, message = _of_http(context, error)
         headers = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
+    except Retryable as error:
+        code, message = Code.UNAVAILABLE, f"{error}; try again"
     except Exception:
         # The top of the loop over requests: one that fails must not hurt the others, and tells its caller nothing
         # but where to look.

@@ -1,5 +1,5 @@
 """`python -m remotegpu_agent.cli`."""
 
-from remotegpu_agent.cli.app import main
+from remotegpu_agent.cli import main
 
 main()

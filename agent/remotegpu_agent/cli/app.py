@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Final, NoReturn
-
-import typer
+from typing import Final, NoReturn
 
 from remotegpu_agent.cli import (
     cancel,
@@ -26,91 +26,143 @@ from remotegpu_agent.cli import (
     version,
     wait,
 )
+from remotegpu_agent.cli.arguments import PROGRAM, Verb, call, new_parser, usage_error
 from remotegpu_agent.cli.context import Globals
 from remotegpu_agent.cli.exits import Exit, Stop
 
-PROGRAM: Final = "remotegpu-agent"
 DEBUG_VARIABLE: Final = "REMOTEGPU_AGENT_DEBUG"
 
+VERBS: Final[Mapping[str, Verb]] = {
+    "run": run.run,
+    "submit": submit.submit,
+    "validate": validate.validate,
+    "wait": wait.wait,
+    "list": tasks.list_tasks,
+    "show": show.show,
+    "logs": logs.logs,
+    "cancel": cancel.cancel,
+    "status": status.status,
+    "doctor": doctor.doctor,
+    "config show": config.show,
+    "config check": config.check,
+    "config path": config.path,
+    "setup": setup.setup,
+    "token new": token.new,
+    "version": version.version,
+}
+"""To add a verb: a file with its function, and a line here."""
+
+_GROUPS: Final = frozenset(name.partition(" ")[0] for name in VERBS if " " in name)
 _FLAGS: Final = frozenset({"--json", "--no-color"})
 _VALUED: Final = frozenset({"--config", "--url", "--token-file"})
 _OWN_OPTIONS: Final = {"setup": frozenset({"--url", "--token-file"})}
 """Verbs that give one of these names a meaning of their own."""
-
-app = typer.Typer(
-    name=PROGRAM,
-    help="Runs tasks on GPU hosts: claims them under leases, supervises their processes, reports every result.",
-    epilog="`remotegpu-agent VERB --help` shows an example of each verb. The options above may stand behind the verb.",
-    no_args_is_help=True,
-    add_completion=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-@app.callback()
-def _options(
-    context: typer.Context,
-    config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="The config (/etc/remotegpu-agent/config.yaml).")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")] = False,
-    no_color: Annotated[bool, typer.Option("--no-color", help="Plain text, also on a terminal.")] = False,
-    url: Annotated[
-        str | None, typer.Option("--url", metavar="URL", help="An agent's API, such as http://127.0.0.1:8090.")
-    ] = None,
-    token_file: Annotated[
-        Path | None, typer.Option("--token-file", metavar="FILE", help="The file with the token for --url.")
-    ] = None,
-) -> None:
-    options = context.ensure_object(Globals)
-    options.config, options.is_json, options.is_plain = config, json, no_color
-    options.url, options.token_file = url, token_file
-
-
-app.command("run")(run.run)
-app.command("submit")(submit.submit)
-app.command("validate")(validate.validate)
-app.command("wait")(wait.wait)
-app.command("list")(tasks.list_tasks)
-app.command("show")(show.show)
-app.command("logs")(logs.logs)
-app.command("cancel")(cancel.cancel)
-app.command("status")(status.status)
-app.command("doctor")(doctor.doctor)
-app.add_typer(config.app, name="config")
-app.command("setup")(setup.setup)
-app.add_typer(token.app, name="token")
-app.command("version")(version.version)
+_HELP: Final = frozenset({"-h", "--help"})
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the program and exit; whatever happens, one message and no traceback (unless REMOTEGPU_AGENT_DEBUG is 1)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    front, command = split_command(given)
+    _prepare_streams()
+    code, message = _outcome(given)
+    if code not in {Exit.DONE, Exit.INTERRUPTED} and message is not None and is_waiting(given):
+        code = Exit.OURS
     try:
-        app(hoist(front), prog_name=PROGRAM, obj=Globals(command=command))
+        if message:
+            print(message if code == Exit.INTERRUPTED else f"{PROGRAM}: {message}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError as error:
+        code = code or _output_failed(error, given)
+        _close_output()
+    sys.exit(code)
+
+
+def _outcome(given: list[str]) -> tuple[int, str | None]:
+    """The exit code, and what there is to say if it is ours and not the task's."""
+    try:
+        return _run(given), None
     except Stop as stop:
-        _leave(stop.code, str(stop))
+        return stop.code, str(stop)
     except KeyboardInterrupt:
-        _leave(Exit.INTERRUPTED, "interrupted")
+        return Exit.INTERRUPTED, "interrupted"
     except BrokenPipeError:
         _close_output()
-        sys.exit(Exit.FAILED)
+        return Exit.FAILED, ""
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             raise
         kind, text = type(error).__name__, " ".join(str(error).split())[:300]
-        _leave(
+        return (
             Exit.FAILED,
-            f"a mistake in this program: {kind}: {text}. Please report it to the maintainers with what "
-            f"{DEBUG_VARIABLE}=1 shows",
+            f"a mistake in this program: {kind}: {text}. Please report it with what {DEBUG_VARIABLE}=1 shows",
         )
-    sys.exit(Exit.DONE)
+
+
+def _run(given: list[str]) -> int:
+    front, command = split_command(given)
+    before, rest = separate(front)
+    parser = new_parser(PROGRAM, _description(), f"{PROGRAM} [OPTION...] VERB ...")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the config (/etc/remotegpu-agent/config.yaml)")
+    parser.add_argument("--json", dest="is_json", action="store_true", help="one JSON document on standard output")
+    parser.add_argument("--no-color", dest="is_plain", action="store_true", help="plain text, also on a terminal")
+    parser.add_argument("--url", metavar="URL", help="an agent's API, such as http://127.0.0.1:8090")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="the file with the token for --url")
+    options = Globals(command=command, **vars(parser.parse_args(before)))
+    if not rest or rest[0] in _HELP:
+        parser.print_help(sys.stdout if rest else sys.stderr)
+        return Exit.DONE if rest else Exit.USAGE
+    name, words = _named(rest)
+    if name in _GROUPS:
+        print(_description(f"{name} "))
+        return Exit.DONE
+    if not _HELP.isdisjoint(words):
+        words = ["--help"]
+    try:
+        return call(VERBS[name], name, options, words)
+    except SystemExit:  # how argparse ends after --help
+        return Exit.DONE
+
+
+def _named(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The verb's name and what stands behind it; a group's own name if its help is wanted. Raises Stop."""
+    first = words[0]
+    if first.startswith("-"):
+        raise usage_error(PROGRAM, f"there is no option {first[:40]!r} before the verb")
+    if first not in _GROUPS:
+        if first not in VERBS:
+            raise _unknown_verb(first, sorted({*VERBS, *_GROUPS}))
+        return first, list(words[1:])
+    if len(words) > 1 and words[1] in _HELP:
+        return first, []
+    choices = [name.removeprefix(f"{first} ") for name in VERBS if name.startswith(f"{first} ")]
+    if len(words) == 1:
+        raise usage_error(PROGRAM, f"'{first}' needs one of: {', '.join(choices)}")
+    if words[1] not in choices:
+        raise _unknown_verb(words[1], choices)
+    return f"{first} {words[1]}", list(words[2:])
+
+
+def _unknown_verb(word: str, choices: Sequence[str]) -> Stop:
+    import difflib
+
+    near = difflib.get_close_matches(word, choices, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return usage_error(PROGRAM, f"there is no verb {word[:40]!r} in this version{hint}")
+
+
+def _description(prefix: str = "") -> str:
+    lines = [
+        "Runs tasks on GPU hosts: claims them under leases, supervises their processes, reports every result.",
+        "",
+        "verbs:",
+    ]
+    for name, verb in VERBS.items():
+        if name.startswith(prefix):
+            summary = (verb.__doc__ or "").strip().split("\n", maxsplit=1)[0]
+            lines.append(f"  {name:<13} {summary}")
+    end = f"`{PROGRAM} VERB --help` shows an example of each verb. The options below may also stand behind the verb."
+    return "\n".join([*lines, "", end] if not prefix else lines)
 
 
 def split_command(arguments: list[str]) -> tuple[list[str], list[str] | None]:
@@ -123,8 +175,8 @@ def split_command(arguments: list[str]) -> tuple[list[str], list[str] | None]:
     return arguments[:at], arguments[at + 1 :]
 
 
-def hoist(arguments: list[str]) -> list[str]:
-    """Global options moved in front of the verb, so that `list --json` works as `--json list` does."""
+def separate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Global options, wherever they stand, and the rest: `list --json` works as `--json list` does."""
     own = _OWN_OPTIONS.get(_verb_of(arguments) or "", frozenset())
     before: list[str] = []
     rest: list[str] = []
@@ -134,15 +186,23 @@ def hoist(arguments: list[str]) -> list[str]:
         if word == "--":
             rest += [word, *queue]
             break
-        name, has_value, _ = word.partition("=")
-        if word in _FLAGS or (name in _VALUED - own and has_value):
+        # Before the verb these names are nobody's own.
+        valued = _VALUED - own if rest else _VALUED
+        if word in _FLAGS or word.partition("=")[0] in valued:
             before.append(word)
-        elif word in _VALUED - own:
-            before += [word, *queue[:1]]
-            del queue[:1]
+            if word in valued:
+                before += queue[:1]
+                del queue[:1]
         else:
             rest.append(word)
-    return before + rest
+    return before, rest
+
+
+def is_waiting(arguments: Sequence[str]) -> bool:
+    """Whether the exit code is a task's own, so that ours must differ from it."""
+    front, _ = split_command(list(arguments))
+    verb = _verb_of(front)
+    return verb == "wait" or (verb == "submit" and not {"--wait", "--follow"}.isdisjoint(front))
 
 
 def _verb_of(arguments: Sequence[str]) -> str | None:
@@ -157,17 +217,26 @@ def _verb_of(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _leave(code: Exit, message: str) -> NoReturn:
-    try:
-        print(message if code is Exit.INTERRUPTED else f"{PROGRAM}: {message}", file=sys.stderr)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _close_output()
-    sys.exit(code)
+def _prepare_streams() -> None:
+    """Text that a stream cannot hold is written as escapes; a stream that the caller closed swallows all."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open to the end
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _output_failed(error: OSError, given: Sequence[str]) -> Exit:
+    """The results did not arrive: a full disk, or a reader that left early (which is its own affair)."""
+    if not isinstance(error, BrokenPipeError):
+        with contextlib.suppress(OSError):
+            print(f"{PROGRAM}: cannot write the output: {error.strerror or error}", file=sys.stderr, flush=True)
+    return Exit.OURS if is_waiting(given) else Exit.FAILED
 
 
 def _close_output() -> None:
-    """Whoever read our output is gone; keep the interpreter from complaining about that at exit."""
+    """Nobody takes our output; keep the interpreter from complaining about that at exit."""
     devnull = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         os.dup2(devnull, descriptor)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import socket
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import IO, Any, Final
 
 from remotegpu_agent import VERSION
 from remotegpu_agent.cli.endpoints import Endpoint
-from remotegpu_agent.cli.exits import UNAUTHORIZED, Exit, RefusedByAgent, Stop, Unreachable
+from remotegpu_agent.cli.exits import UNAUTHORIZED, Broken, Exit, RefusedByAgent, Stop, Unreachable
+from remotegpu_schemas import limits
 
 Json = dict[str, Any]
 
@@ -60,8 +62,9 @@ class Client:
         """As `get`; not repeated, so it happens at most once."""
         return self._call("POST", path, (), body, content_type, 0.0)
 
-    def follow(self, path: str, query: Sequence[tuple[str, object]]) -> Iterator[Json]:
-        """The data of each Server-Sent Event, until the stream ends. Raises Stop."""
+    @contextlib.contextmanager
+    def follow(self, path: str, query: Sequence[tuple[str, object]]) -> Generator[Iterator[Json]]:
+        """An open stream: the data of each Server-Sent Event, until it ends. Raises Stop."""
         connection, endpoint = self._connect(_STREAM_SILENCE_S)
         with contextlib.closing(connection):
             with _readable_errors(endpoint):
@@ -69,7 +72,7 @@ class Client:
                 if response.status != http.client.OK or "event-stream" not in (response.headers["Content-Type"] or ""):
                     _data_of(response, endpoint)
                     raise Stop(Exit.FAILED, f"{endpoint.name} sent no stream; is it a remotegpu-agent of this version?")
-            yield from _events(response, endpoint)
+            yield _events(response, endpoint)
 
     def _call(
         self,
@@ -90,7 +93,7 @@ class Client:
             connection = _connection_to(endpoint)
             try:
                 connection.connect()
-            except OSError as error:
+            except (OSError, UnicodeError) as error:  # UnicodeError: a host name that cannot be one
                 connection.close()
                 failures.append(f"{endpoint.name} ({endpoint.origin}): {_reason(error)}")
                 continue
@@ -134,21 +137,24 @@ def _send(
     return connection.getresponse()
 
 
-def quote(part: str) -> str:
-    """One part of a path: an id as a person typed it."""
-    return urllib.parse.quote(part, safe="")
+def task_path(task_id: str, call: str = "") -> str:
+    """The path of a task, of which a person typed the id or a prefix, or of a call on it. Raises Stop."""
+    if not re.fullmatch(limits.ID_PATTERN, task_id):
+        raise Stop(
+            Exit.USAGE,
+            f"{task_id[:40]!r} is no id of a task: letters, digits and . _ : - only; see remotegpu-agent list",
+        )
+    return f"/tasks/{urllib.parse.quote(task_id, safe='')}" + (f"/{call}" if call else "")
 
 
 @contextlib.contextmanager
-def _readable_errors(endpoint: Endpoint) -> Iterator[None]:
+def _readable_errors(endpoint: Endpoint) -> Generator[None]:
     try:
         yield
     except TimeoutError:
-        raise Unreachable(
-            f"the agent at {endpoint.name} took the call but did not answer in time; is it hung?"
-        ) from None
+        raise Broken(f"the agent at {endpoint.name} took the call but did not answer in time; is it hung?") from None
     except (OSError, http.client.HTTPException) as error:
-        raise Unreachable(f"the connection to the agent at {endpoint.name} broke: {_reason(error)}") from None
+        raise Broken(f"the connection to the agent at {endpoint.name} broke: {_reason(error)}") from None
 
 
 def _data_of(response: http.client.HTTPResponse, endpoint: Endpoint) -> Json:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 if TYPE_CHECKING:
     from remotegpu_agent.cli.client import Client
 
@@ -33,12 +31,6 @@ class Globals:
         from remotegpu_agent.cli.endpoints import find_endpoints
 
         return Client(find_endpoints(self.config, self.url, self.token_file, self.environ))
-
-
-def globals_of(context: typer.Context) -> Globals:
-    """The global options of this call."""
-    found = context.find_object(Globals)
-    return found if found is not None else Globals()
 
 
 def say(message: str) -> None:

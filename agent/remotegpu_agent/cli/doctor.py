@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import typer
-
-from remotegpu_agent.cli.context import globals_of, say
+from remotegpu_agent.cli.context import Globals, say
 from remotegpu_agent.cli.exits import Exit
 
 
-def doctor(context: typer.Context) -> None:
+def doctor(options: Globals) -> int:
     """Check the host, the config, the control plane and the agent; each line says what to do. Exit code 1: a problem.
 
     Example: remotegpu-agent --config agent.yaml doctor
@@ -16,7 +14,6 @@ def doctor(context: typer.Context) -> None:
     from remotegpu_agent.cli import output
     from remotegpu_agent.cli.checks import Level, all_checks
 
-    options = globals_of(context)
     found = []
     for check in all_checks(options):
         found.append(check)
@@ -32,5 +29,4 @@ def doctor(context: typer.Context) -> None:
         output.print_json({"checks": checks, "problems": problems, "warnings": warnings})
     else:
         say(f"{problems} problem{'' if problems == 1 else 's'}, {warnings} warning{'' if warnings == 1 else 's'}.")
-    if problems:
-        raise typer.Exit(Exit.FAILED)
+    return Exit.FAILED if problems else Exit.DONE

@@ -40,6 +40,8 @@ def find_endpoints(
     """
     if config is not None:
         return _of_config(config, token_file, environ)
+    if url is None and token_file is not None:
+        raise Stop(Exit.USAGE, "--token-file is the token for --url or --config; give one of them too")
     if url is not None:
         return [Endpoint("--url", url=_checked(url), token=_token_of(token_file) if token_file is not None else None)]
     socket = environ.get(SOCKET_VARIABLE)
@@ -64,7 +66,7 @@ def _checked(url: str) -> str:
 def _token_of(path: Path) -> str:
     """The first token of a file: bare, or `name:role:token`."""
     try:
-        text = path.read_bytes()[:_ENDPOINTS_MAX_BYTES].decode("utf-8", "replace")
+        text = _read(path, _ENDPOINTS_MAX_BYTES).decode("utf-8", "replace")
     except OSError as error:
         raise Stop(Exit.USAGE, f"token file {path}: cannot read it: {error.strerror or error}") from None
     for line in text.splitlines():
@@ -120,7 +122,7 @@ def _sections(config: Path, environ: Mapping[str, str]) -> dict[str, Any]:
     from remotegpu_schemas.strict_yaml import load
 
     try:
-        documents = load(config.read_bytes(), str(config), max_bytes=limits.CONFIG_MAX_BYTES)
+        documents = load(_read(config, limits.CONFIG_MAX_BYTES + 1), str(config), max_bytes=limits.CONFIG_MAX_BYTES)
     except OSError as error:
         raise Stop(Exit.USAGE, f"{config}: cannot read the config file: {error.strerror or error}") from None
     except InvalidFile as error:
@@ -135,10 +137,15 @@ def _sections(config: Path, environ: Mapping[str, str]) -> dict[str, Any]:
     return sections
 
 
+def _read(path: Path, most: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(most)
+
+
 def _written_endpoints(path: Path) -> dict[str, object]:
     """`endpoints.json` of the agent; nothing if it never ran, or if it is not for us to read."""
     try:
-        value = json.loads(path.read_bytes()[:_ENDPOINTS_MAX_BYTES])
+        value = json.loads(_read(path, _ENDPOINTS_MAX_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -33,6 +33,10 @@ class Unreachable(Stop):
         super().__init__(Exit.UNREACHABLE, message)
 
 
+class Broken(Unreachable):
+    """The connection broke after the call was sent: it may have been done or not."""
+
+
 class RefusedByAgent(Stop):
     """The agent's answer is a business error."""
 

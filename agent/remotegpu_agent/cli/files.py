@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def read_task_file(name: str) -> tuple[str, bytes]:
     if name == "-":
         return STDIN_NAME, sys.stdin.buffer.read(most)
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise Stop(Exit.USAGE, f"{name}: is a directory; name the files in it")
     try:
         with path.open("rb") as file:

@@ -40,8 +40,9 @@ class Column:
 
 
 def print_json(value: object) -> None:
-    """One JSON document."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """One JSON document; in escapes where standard output is not UTF-8, as JSON must be (RFC 8259, 8.1)."""
+    is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(value, indent=2, ensure_ascii=not is_utf8))
 
 
 def is_fancy(options: Globals) -> bool:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 from typing import Annotated
 
-import typer
-
-from remotegpu_agent.cli.context import globals_of
+from remotegpu_agent.cli.arguments import Option
+from remotegpu_agent.cli.context import Globals
 from remotegpu_agent.cli.exits import Exit, Stop
 
 
 def run(
-    context: typer.Context,
+    options: Globals,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="A setting over file and environment; repeatable."),
+        Option("--set", metavar="SECTION.KEY=VALUE", text="A setting over file and environment; repeatable."),
     ] = None,
-) -> None:
+) -> int:
     """Run the agent in the foreground until SIGTERM or SIGINT.
 
     Tasks that run go on when it stops, and are adopted by the next one.
@@ -29,14 +28,13 @@ def run(
     from remotegpu_schemas.errors import Misconfigured
 
     try:
-        config = load_config(globals_of(context).config, os.environ, sets or [])
+        config = load_config(options.config, os.environ, sets or [])
         problems = check_files(config)
         if problems:
             raise Misconfigured("\n".join(problems))
         logging.set_up(config.log.level, config.log.format)
         from remotegpu_agent import daemon
 
-        code = daemon.run(config)
+        return daemon.run(config)
     except Misconfigured as error:
         raise Stop(Exit.USAGE, str(error)) from None
-    raise typer.Exit(code)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from remotegpu_agent.cli.context import globals_of
+from remotegpu_agent.cli.arguments import Argument
+from remotegpu_agent.cli.context import Globals
 
 if TYPE_CHECKING:
     from remotegpu_agent.cli.output import Column
@@ -15,22 +14,21 @@ STDERR_LINES = 20
 
 
 def show(
-    context: typer.Context,
-    task_id: Annotated[str, typer.Argument(metavar="ID", help="The task, by id or unique prefix.")],
+    options: Globals,
+    task_id: Annotated[str, Argument(metavar="ID", text="The task, by id or unique prefix.")],
 ) -> None:
     """Show one task: state, cause, runs, and the last 20 lines of standard error of what failed.
 
     Example: remotegpu-agent show 0198a2
     """
     from remotegpu_agent.cli import output
-    from remotegpu_agent.cli.client import quote
+    from remotegpu_agent.cli.client import task_path
     from remotegpu_agent.cli.following import tail_of
 
-    options = globals_of(context)
     client = options.client()
-    detail = client.get(f"/tasks/{quote(task_id)}")
+    detail = client.get(task_path(task_id))
     has_failed = detail.get("state") in {"failed", "cancelled"} and bool(detail.get("runs"))
-    tail = tail_of(client, str(detail.get("id", task_id)), "stderr", STDERR_LINES) if has_failed else []
+    tail = tail_of(client, task_path(str(detail.get("id"))), "stderr", STDERR_LINES) if has_failed else []
     if options.is_json:
         output.print_json({**detail, "stderr_tail": tail})
         return

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
-
-from remotegpu_agent.cli.context import globals_of
+from remotegpu_agent.cli.context import Globals
 
 _TASK_ORDER = ("running", "assigned", "pending", "suspended", "preempted", "completed", "failed", "cancelled")
 
 
-def status(context: typer.Context) -> None:
+def status(options: Globals) -> None:
     """Show the state of the agent: why it is not ready, the control plane, capacity, counts, reports that wait.
 
     Example: remotegpu-agent status --json
     """
     from remotegpu_agent.cli import output
 
-    options = globals_of(context)
     found = options.client().get("/queue/status")
     if options.is_json:
         output.print_json(found)

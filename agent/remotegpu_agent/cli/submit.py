@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from remotegpu_agent.cli.context import Globals, globals_of, say
-from remotegpu_agent.cli.exits import INVALID_PARAMETERS, Exit, RefusedByAgent, Stop
+from remotegpu_agent.cli.arguments import Argument, Option
+from remotegpu_agent.cli.context import Globals, say
+from remotegpu_agent.cli.exits import INVALID_PARAMETERS, Broken, Exit, RefusedByAgent, Stop, Unreachable
 
 if TYPE_CHECKING:
     from remotegpu_agent.cli.client import Client
@@ -22,22 +22,22 @@ _BODY = re.compile(r"^body(?=:)", re.MULTILINE)
 
 
 def submit(
-    context: typer.Context,
+    options: Globals,
     files: Annotated[
-        list[str] | None, typer.Argument(metavar="FILE...", help="Task files; - is standard input. Or: -- CMD ARG...")
+        list[str] | None, Argument(metavar="FILE...", text="Task files; - is standard input. Or: -- CMD ARG...")
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait, and end with the task's exit code.")] = False,
-    follow: Annotated[bool, typer.Option("--follow", help="Show the output as it comes, then end as --wait.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, and show what would be submitted.")] = False,
+    wait: Annotated[bool, Option("--wait", text="Wait, and end with the task's exit code.")] = False,
+    follow: Annotated[bool, Option("--follow", text="Show the output as it comes, then end as --wait.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", text="Check, and show what would be submitted.")] = False,
     priority: Annotated[
-        int | None, typer.Option("--priority", min=1, max=10, help="1 is the most urgent, over what the file says.")
+        int | None, Option("--priority", least=1, most=10, text="1 is the most urgent, over what the file says.")
     ] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", min=0, max=64, help="For a command: so many GPUs.")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="For a command: the task's name.")] = None,
-    env: Annotated[list[str] | None, typer.Option("--env", metavar="K=V", help="For a command; repeatable.")] = None,
-    timeout: Annotated[str | None, typer.Option("--timeout", help="For a command: such as 90s, 10m, 24h.")] = None,
-    workdir: Annotated[str | None, typer.Option("--workdir", metavar="DIR", help="For a command.")] = None,
-) -> None:
+    gpus: Annotated[int | None, Option("--gpus", least=0, most=64, text="For a command: so many GPUs.")] = None,
+    name: Annotated[str | None, Option("--name", text="For a command: the task's name.")] = None,
+    env: Annotated[list[str] | None, Option("--env", metavar="K=V", text="For a command; repeatable.")] = None,
+    timeout: Annotated[str | None, Option("--timeout", text="For a command: such as 90s, 10m, 24h.")] = None,
+    workdir: Annotated[str | None, Option("--workdir", metavar="DIR", text="For a command.")] = None,
+) -> int:
     """Submit the tasks of files, or one command behind `--`.
 
     All files are checked before the first is sent. With --wait or --follow the exit code is the task's own (128 + n
@@ -47,18 +47,11 @@ def submit(
 
     remotegpu-agent submit --gpus 1 --timeout 2h --follow -- python train.py --epochs 3
     """
-    options = globals_of(context)
-    try:
-        bodies = _bodies(options, files or [], priority, gpus, name, env or [], timeout, workdir)
-        if dry_run:
-            _show_dry_run(options, bodies)
-            return
-        code = _submit(options, bodies, waits=wait or follow, follows=follow)
-    except Stop as stop:
-        if not (wait or follow):
-            raise
-        raise Stop(Exit.OURS, str(stop)) from stop
-    raise typer.Exit(code)
+    bodies = _bodies(options, files or [], priority, gpus, name, env or [], timeout, workdir)
+    if dry_run:
+        _show_dry_run(options, bodies)
+        return Exit.DONE
+    return _submit(options, bodies, waits=wait or follow, follows=follow)
 
 
 def _bodies(
@@ -106,7 +99,7 @@ def _command_body(
         task["env"] = dict(_variable(text) for text in env)
     if gpus is not None:
         task["resources"] = {"gpus": gpus}
-    given = {"priority": priority, "name": name, "timeout": timeout, "workdir": workdir}
+    given = {"priority": priority, "name": name, "timeout": timeout, "workdir": workdir and os.path.abspath(workdir)}
     task.update({key: value for key, value in given.items() if value is not None})
     try:
         return json.dumps({"task": task}, ensure_ascii=False).encode("utf-8")
@@ -138,8 +131,7 @@ def _file_bodies(files: Sequence[str], priority: int | None) -> list[tuple[str |
         else:
             bodies.append((name, text if priority is None else override_tasks(text, name, {"priority": priority})))
     if problems:
-        say(render_report(problems, CONSEQUENCE))
-        raise Stop(Exit.USAGE, "")
+        raise Stop(Exit.USAGE, render_report(problems, CONSEQUENCE))
     return bodies
 
 
@@ -174,7 +166,12 @@ def _submit(options: Globals, bodies: Sequence[tuple[str | None, bytes]], *, wai
     client = options.client()
     task_ids: list[str] = []
     for name, body in bodies:
-        new_ids = _post(client, name, body)
+        try:
+            new_ids = _post(client, name, body)
+        except Stop:
+            if task_ids:
+                say(f"submitted before that: {' '.join(task_ids)}")
+            raise
         task_ids += new_ids
         if not options.is_json:
             for task_id in new_ids:
@@ -187,7 +184,7 @@ def _submit(options: Globals, bodies: Sequence[tuple[str | None, bytes]], *, wai
     try:
         if follows:
             following.follow(client, following.one_of_a_kind(task_ids), ("stdout", "stderr"), following.write_output)
-        details = [following.wait_for(client, task_id) for task_id in task_ids]
+        details = [following.wait_for(client, {"id": task_id}) for task_id in task_ids]
     except KeyboardInterrupt:
         say(f"interrupted; the task goes on: remotegpu-agent wait {' '.join(task_ids)}")
         return Exit.INTERRUPTED
@@ -202,6 +199,9 @@ def _submit(options: Globals, bodies: Sequence[tuple[str | None, bytes]], *, wai
 def _post(client: Client, name: str | None, body: bytes) -> list[str]:
     try:
         answer = client.post("/tasks", body, _JSON if name is None else _YAML)
+    except Broken as broken:
+        hint = "it may have been submitted or not: look with remotegpu-agent list before you repeat it"
+        raise Unreachable(f"{broken}; {hint}") from None
     except RefusedByAgent as refusal:
         if refusal.business_code != INVALID_PARAMETERS:
             raise

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import typer
-
-from remotegpu_agent.cli.context import globals_of, say
+from remotegpu_agent.cli.arguments import Option
+from remotegpu_agent.cli.context import Globals, say
+from remotegpu_agent.cli.exits import Exit, Stop
 from remotegpu_schemas import limits
 
 STATES = ("pending", "assigned", "running", "suspended", "preempted", "completed", "failed", "cancelled")
 
 
 def list_tasks(
-    context: typer.Context,
+    options: Globals,
     states: Annotated[
-        list[str] | None, typer.Option("--state", metavar="STATE", help=f"Only these states: {', '.join(STATES)}.")
+        list[str] | None, Option("--state", metavar="STATE", text=f"Only these states: {', '.join(STATES)}.")
     ] = None,
-    labels: Annotated[list[str] | None, typer.Option("--label", metavar="K=V", help="Only with this label.")] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, max=limits.API_LIST_MAX, help="At most so many.")] = 50,
-    offset: Annotated[int, typer.Option("--offset", min=0, help="Leave out so many of the newest.")] = 0,
+    labels: Annotated[list[str] | None, Option("--label", metavar="K=V", text="Only with this label.")] = None,
+    limit: Annotated[int, Option("--limit", least=1, most=limits.API_LIST_MAX, text="At most so many.")] = 50,
+    offset: Annotated[int, Option("--offset", least=0, text="Leave out so many of the newest.")] = 0,
 ) -> None:
     """List tasks, newest first.
 
@@ -27,7 +27,6 @@ def list_tasks(
     """
     from remotegpu_agent.cli import output
 
-    options = globals_of(context)
     query: list[tuple[str, object]] = [("state", checked_state(state)) for state in states or []]
     query += [("label", label) for label in labels or []]
     query += [("limit", limit), ("offset", offset)]
@@ -59,7 +58,7 @@ def checked_state(text: str) -> str:
 
         near = difflib.get_close_matches(state, STATES, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(STATES)}."
-        raise typer.BadParameter(f"there is no state {text[:40]!r}.{hint}", param_hint="'--state'")
+        raise Stop(Exit.USAGE, f"--state: there is no state {text[:40]!r}.{hint}")
     return state
 
 

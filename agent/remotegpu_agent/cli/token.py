@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import typer
-
-from remotegpu_agent.cli.context import globals_of, say
+from remotegpu_agent.cli.arguments import Option
+from remotegpu_agent.cli.context import Globals, say
 from remotegpu_agent.cli.exits import Exit, Stop
 
-app = typer.Typer(help="Tokens for the agent's API.", no_args_is_help=True, rich_markup_mode=None)
 
-
-@app.callback()
-def _token() -> None:
-    pass
-
-
-@app.command("new")
 def new(
-    context: typer.Context,
-    name: Annotated[str, typer.Option("--name", help="Who it is for; stands in the audit log.")] = "operator",
-    role: Annotated[str, typer.Option("--role", metavar="operate|read", help="What it may do.")] = "operate",
+    options: Globals,
+    name: Annotated[str, Option("--name", text="Who it is for; stands in the audit log.")] = "operator",
+    role: Annotated[
+        str, Option("--role", metavar="operate|read", choices=("operate", "read"), text="What it may do.")
+    ] = "operate",
     append: Annotated[
-        Path | None, typer.Option("--append", metavar="FILE", help="Add its line to this file (made with mode 0600).")
+        Path | None, Option("--append", metavar="FILE", text="Add its line to this file (made with mode 0600).")
     ] = None,
 ) -> None:
     """Make a token and print it; the line for api.tokens_file is name:role:token.
@@ -34,15 +27,13 @@ def new(
     """
     import secrets
 
-    if role not in {"operate", "read"}:
-        raise typer.BadParameter(f"there is no role {role[:40]!r}; use 'operate' or 'read'", param_hint="'--role'")
     if not re.fullmatch(r"[A-Za-z0-9._@-]{1,64}", name):
-        raise typer.BadParameter("letters, digits and . _ @ - only, at most 64", param_hint="'--name'")
+        raise Stop(Exit.USAGE, f"--name: {name[:40]!r} is no name: letters, digits and . _ @ - only, at most 64")
     token = secrets.token_urlsafe(32)
     line = f"{name}:{role}:{token}"
     if append is not None:
         append_line(append, line)
-    if globals_of(context).is_json:
+    if options.is_json:
         from remotegpu_agent.cli.output import print_json
 
         print_json({"name": name, "role": role, "token": token, "line": line})
@@ -53,13 +44,13 @@ def new(
         print(line)
 
 
-def append_line(path: Path, line: str, mode: Literal[0o600] = 0o600) -> None:
+def append_line(path: Path, line: str) -> None:
     """Add a line to a file that only its owner may read; it is on disk when this returns. Raises Stop."""
     import os
 
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(path, flags, mode), "r+b", buffering=0) as file:
+        with open(os.open(path, flags, 0o600), "r+b", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             needs_break = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
             file.write(("\n" if needs_break else "").encode() + line.encode() + b"\n")

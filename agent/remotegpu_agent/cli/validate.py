@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from remotegpu_agent.cli.context import globals_of, say
+from remotegpu_agent.cli.arguments import Argument
+from remotegpu_agent.cli.context import Globals, say
 from remotegpu_agent.cli.exits import Exit, Stop
 
 _SUFFIXES = frozenset({".yaml", ".yml", ".json"})
 
 
 def validate(
-    context: typer.Context,
+    options: Globals,
     paths: Annotated[
-        list[Path], typer.Argument(metavar="FILE|DIR...", help="Task files; of a directory its .yaml, .yml and .json.")
+        list[Path], Argument(metavar="FILE|DIR...", text="Task files; of a directory its .yaml, .yml and .json.")
     ],
-) -> None:
+) -> int:
     """Check task files; all mistakes of all files, with line and column. Exit code 2 if there are any.
 
     Example: remotegpu-agent validate tasks/ nightly.yaml
@@ -44,7 +44,7 @@ def validate(
             reports.append(render_report(error.problems, "this file cannot be used"))
         else:
             results.append({"file": name, "tasks": count, "problems": []})
-    if globals_of(context).is_json:
+    if options.is_json:
         output.print_json({"files": results})
     else:
         for result in results:
@@ -54,15 +54,19 @@ def validate(
             say(report)
     if reports:
         say(f"{len(reports)} of {len(results)} file{'' if len(results) == 1 else 's'} cannot be used.")
-        raise typer.Exit(Exit.USAGE)
+        return Exit.USAGE
+    return Exit.DONE
 
 
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
-        if not path.is_dir():
+        if not os.path.isdir(path):
             yield path
             continue
-        found = sorted(child for child in path.iterdir() if child.suffix in _SUFFIXES and child.is_file())
+        try:
+            found = sorted(child for child in path.iterdir() if child.suffix in _SUFFIXES and child.is_file())
+        except OSError as error:
+            raise Stop(Exit.USAGE, f"{path}: the directory cannot be read: {error.strerror or error}") from None
         if not found:
             raise Stop(Exit.USAGE, f"{path}: there is no .yaml, .yml or .json file in this directory")
         yield from found

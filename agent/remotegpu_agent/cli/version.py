@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import platform
 
-import typer
-
 from remotegpu_agent import VERSION
-from remotegpu_agent.cli.context import globals_of
+from remotegpu_agent.cli.context import Globals
 
 
-def version(context: typer.Context) -> None:
+def version(options: Globals) -> None:
     """Print the version of this program and of its Python.
 
     Example: remotegpu-agent version --json
     """
-    if globals_of(context).is_json:
+    if options.is_json:
         from remotegpu_agent.cli.output import print_json
 
         print_json({"version": VERSION, "python": platform.python_version()})

@@ -1,0 +1,436 @@
+"""The daemon: builds the parts, starts them in order, stops them in the reverse one. Decides nothing.
+
+Read `Agent.__init__` and `Agent.start` from top to bottom to know what the agent consists of. What runs when it stops
+goes on, and is adopted by the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import random
+import signal
+import socket
+import sqlite3
+import urllib.parse
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from remotegpu_agent import VERSION, host
+from remotegpu_agent.agent_operations import AgentOperations
+from remotegpu_agent.announcer import Announcer
+from remotegpu_agent.api import ApiServer, ApiSettings, Endpoints, LegacyCall, LegacyCaller
+from remotegpu_agent.audit import AuditLog
+from remotegpu_agent.claims import Claimer, ClaimSettings
+from remotegpu_agent.clock import SystemClock
+from remotegpu_agent.config import Config, token_path
+from remotegpu_agent.control_plane import ControlPlane, TlsFiles
+from remotegpu_agent.directory_watch import DirectoryWatcher
+from remotegpu_agent.dispatch import Dispatcher
+from remotegpu_agent.executor import Active, Executor, ExecutorSettings
+from remotegpu_agent.leases import LeaseKeeper, LeaseSettings
+from remotegpu_agent.presence import HostState, Presence, cancelled_attempts
+from remotegpu_agent.progress import ProgressFollower
+from remotegpu_agent.recovery import recover
+from remotegpu_agent.reporter import Reporter
+from remotegpu_agent.runspec import RunSettings, find_user, progress_path
+from remotegpu_agent.standing import Standing
+from remotegpu_agent.supervise import Loops
+from remotegpu_queue import units, views
+from remotegpu_queue.outbox import Report
+from remotegpu_queue.scheduling import Capacity
+from remotegpu_queue.store import Store
+from remotegpu_queue.units import ClaimResult
+from remotegpu_schemas import limits
+from remotegpu_schemas.attempt import AttemptId
+from remotegpu_schemas.states import Cause
+from remotegpu_schemas.task import OnUnreachable
+from remotegpu_schemas.wire import HeartbeatAnswer, ProgressReport, RegisterRequest
+from remotegpu_sidecar import identity
+from remotegpu_sidecar.launcher import Launcher
+
+ENDPOINTS_FILE: Final = "endpoints.json"
+_CPUS_PER_SLOT: Final = 2
+
+log = structlog.get_logger(__name__)
+
+
+def run(config: Config, environ: Mapping[str, str] = os.environ) -> int:
+    """Be the agent until SIGTERM or SIGINT; a second one ends it at once. Returns the exit code.
+
+    Raises Misconfigured when it cannot start as it is told to.
+    """
+    with asyncio.Runner() as runner:
+        return runner.run(_run(config, environ))
+
+
+async def _run(config: Config, environ: Mapping[str, str]) -> int:
+    stopping = asyncio.Event()
+    _on_signals(stopping)
+    async with contextlib.AsyncExitStack() as stack:
+        agent = await Agent.start(config, environ, stack)
+        log.info("ready", url=agent.endpoints.url, socket=str(agent.endpoints.socket or ""), version=VERSION)
+        await stopping.wait()
+        log.info("stopping; tasks that run go on")
+    return 0
+
+
+def _on_signals(stopping: asyncio.Event) -> None:
+    def ask_to_stop(number: signal.Signals) -> None:
+        if stopping.is_set():
+            os._exit(128 + number)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ask_to_stop, number)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Who this agent is; `boot_id` tells this boot of the host from every other."""
+
+    agent_id: str
+    machine_id: str
+    boot_id: str
+
+
+class Agent:
+    """All the parts of a running agent. Made by `start`; whatever is on the exit stack stops them."""
+
+    def __init__(self, config: Config, names: _Names, store: Store, loops: Loops) -> None:
+        self._config = config
+        self._names = names
+        self._store = store
+        self._loops = loops
+        self._clock = SystemClock()
+        self._state_dir = config.agent.state_dir
+        self._attempts_dir = self._state_dir / "attempts"
+        self._announcer = Announcer()
+        self._watcher = DirectoryWatcher()
+        self._launcher = Launcher(self._attempts_dir)
+        self._standing = Standing(config.control_plane.url)
+        self._executor = self._make_executor()
+        self._leases = self._make_leases()
+        self._executor.leases = self._leases
+        self._dispatcher = Dispatcher(store, self._executor, self._clock, capacity_of(config))
+        self._progress = ProgressFollower(loops, self._watcher, self._report_progress)
+        self._executor.watch(started=self._follow_progress, ended=lambda run: self._progress.forget(run.attempt_id))
+        self._api = self._make_api()
+        self._plane: ControlPlane | None = None
+        self._presence: Presence | None = None
+        self._claimer: Claimer | None = None
+        self._reporter: Reporter | None = None
+
+    @classmethod
+    async def start(cls, config: Config, environ: Mapping[str, str], stack: contextlib.AsyncExitStack) -> Agent:
+        """Start every part, each undone by `stack`. Raises Misconfigured, with nothing left behind."""
+        store = await Store.open(config.agent.state_dir)
+        stack.push_async_callback(store.close)
+        boot_id = identity.boot_id()
+        names = await store.write(lambda db: _name(db, config, boot_id))
+        loops = Loops()
+        agent = cls(config, names, store, loops)
+        stack.callback(agent._watcher.close)
+        await agent._launcher.start()
+        stack.push_async_callback(agent._launcher.stop)
+        await agent._open_plane(environ, stack)
+        stack.push_async_callback(loops.close)
+        loops.run_forever("watch", agent._watcher.run)
+        await agent._take_over()
+        await agent._api.start()
+        stack.push_async_callback(agent._api.stop)
+        _write_endpoints(agent._state_dir / ENDPOINTS_FILE, agent.endpoints)
+        agent._start_loops()
+        return agent
+
+    @property
+    def endpoints(self) -> Endpoints:
+        """Where the API listens."""
+        return self._api.endpoints
+
+    # --- making the parts ---
+
+    def _make_executor(self) -> Executor:
+        config = self._config
+        user = find_user(config.tasks.run_as) if config.tasks.run_as is not None else None
+        settings = ExecutorSettings(
+            run=RunSettings(
+                agent_id=self._names.agent_id,
+                machine_id=self._names.machine_id,
+                state_dir=self._state_dir,
+                default_timeout_s=config.tasks.default_timeout,
+                grace_period_s=config.tasks.grace_period,
+                output_limit_bytes=config.output.max_size_mb * limits.MIB,
+                user=user,
+                env=config.tasks.env,
+                api_socket=config.api.socket,
+            ),
+            boot_id=self._names.boot_id,
+            attempts_dir=self._attempts_dir,
+            inline_limit_bytes=config.results.inline_limit_kb * limits.KIB,
+            continues_when_unreachable=config.lease.on_unreachable is OnUnreachable.CONTINUE,
+        )
+        return Executor(
+            self._store,
+            self._launcher,
+            self._clock,
+            settings,
+            self._loops,
+            self._announcer,
+            on_free=self._on_free,
+            on_report=self._on_report,
+        )
+
+    def _make_leases(self) -> LeaseKeeper:
+        lease = self._config.lease
+        settings = LeaseSettings(
+            agent_id=self._names.agent_id,
+            boot_id=self._names.boot_id,
+            ttl_s=lease.ttl,
+            renew_interval_s=lease.renew_interval,
+            margin_s=lease.margin,
+            continues_when_unreachable=lease.on_unreachable is OnUnreachable.CONTINUE,
+        )
+        return LeaseKeeper(
+            self._store,
+            self._clock,
+            settings,
+            self._loops,
+            random.random,
+            extend=self._executor.extend,
+            stop=self._executor.stop,
+            has_process=lambda attempt_id: attempt_id in self._executor.active,
+        )
+
+    def _make_api(self) -> ApiServer:
+        api = self._config.api
+        operations = AgentOperations(
+            agent_id=self._names.agent_id,
+            machine_id=self._names.machine_id,
+            boot_id=self._names.boot_id,
+            state_dir=self._state_dir,
+            attempts_dir=self._attempts_dir,
+            started_boottime_ns=self._clock.boottime_ns(),
+            store=self._store,
+            executor=self._executor,
+            dispatcher=self._dispatcher,
+            leases=self._leases,
+            announcer=self._announcer,
+            watcher=self._watcher,
+            standing=self._standing,
+            clock=self._clock,
+            new_id=_new_id,
+        )
+        settings = ApiSettings(
+            state_dir=self._state_dir,
+            machine_id=self._names.machine_id,
+            listen=api.listen,
+            socket=api.socket,
+            tokens_file=api.tokens_file,
+            allowed_hosts=tuple(api.allowed_hosts),
+            legacy_callers=tuple(
+                LegacyCaller(caller.network, frozenset(LegacyCall(call) for call in caller.allow))
+                for caller in api.legacy_callers
+            ),
+        )
+        return ApiServer(operations, settings, AuditLog(self._state_dir / "audit"))
+
+    async def _open_plane(self, environ: Mapping[str, str], stack: contextlib.AsyncExitStack) -> None:
+        """The control plane and the three loops that talk to it; none for a stand-alone agent."""
+        plane = self._config.control_plane
+        if plane.url is None:
+            return
+        self._plane = await stack.enter_async_context(
+            ControlPlane(
+                plane.url,
+                token_file=token_path(self._config, environ),
+                timeout_s=plane.timeout,
+                clock=self._clock,
+                tls=TlsFiles(plane.ca_file, plane.client_cert_file, plane.client_key_file),
+                on_reconnect=self._on_reconnect,
+            )
+        )
+        self._leases.plane = self._standing.plane = self._plane
+        self._presence = Presence(
+            self._plane,
+            interval_s=plane.heartbeat_interval,
+            random=random.random,
+            describe=self._describe,
+            metrics=host.HostMetrics(self._state_dir).heartbeat_metrics,
+            state=lambda: HostState(self._standing.state, self._standing.reasons),
+            on_registered=self._on_registered,
+            on_answer=self._on_heartbeat,
+        )
+        self._standing.is_registered = self._presence.registered.is_set
+        self._executor.can_release = lambda: self._presence is not None and "release" in self._presence.features
+        self._reporter = Reporter(
+            self._store,
+            self._plane,
+            self._clock,
+            self._loops,
+            random.random,
+            on_delivered=self._on_delivered,
+            on_refused=self._executor.stop,
+        )
+        self._claimer = Claimer(
+            self._store,
+            self._plane,
+            self._dispatcher,
+            self._clock,
+            ClaimSettings(
+                agent_id=self._names.agent_id,
+                machine_id=self._names.machine_id,
+                boot_id=self._names.boot_id,
+                poll_interval_s=plane.poll_interval,
+                long_poll_s=plane.long_poll,
+                default_ttl_s=self._config.lease.ttl,
+                margin_s=self._config.lease.margin,
+            ),
+            random=random.random,
+            new_id=_new_id,
+            blocked=self._standing.blocked,
+            on_claimed=self._on_claimed,
+        )
+
+    # --- starting ---
+
+    async def _take_over(self) -> None:
+        await self._store.write(lambda db: units.rebase(db, self._names.boot_id))
+        recovered = await recover(self._store, self._executor, self._loops, await self._launcher.adopt())
+        log.info("took stock", adopted=recovered.adopted, finished=recovered.finished)
+
+    def _start_loops(self) -> None:
+        self._loops.run_forever("dispatch", self._dispatcher.run)
+        if self._presence and self._claimer and self._reporter:
+            self._loops.run_forever("presence", self._presence.run)
+            self._loops.run_forever("claims", self._claimer.run)
+            self._loops.run_forever("reports", self._reporter.run)
+
+    # --- who tells whom ---
+
+    def _on_free(self) -> None:
+        self._dispatcher.changed()
+        if self._claimer is not None:
+            self._claimer.changed()
+
+    def _on_report(self) -> None:
+        if self._reporter is not None:
+            self._reporter.changed()
+
+    def _on_reconnect(self) -> None:
+        self._leases.renew_all_now()
+        self._on_report()
+
+    def _on_registered(self) -> None:
+        self._on_free()
+        if self._reporter is not None:
+            self._reporter.registered()
+
+    def _on_delivered(self, report: Report) -> None:
+        if report.kind == "start":
+            self._leases.start_accepted(report.attempt_id)
+
+    async def _on_claimed(self, results: Sequence[ClaimResult]) -> None:
+        for result in results:
+            for attempt_id in result.superseded:
+                await self._executor.stop(attempt_id, Cause.SUPERSEDED)
+        await self._dispatcher.decide()
+        for result in results:
+            if result.is_new and result.attempt_id not in self._executor.active:
+                await self._hold_waiting(result.attempt_id)
+
+    async def _hold_waiting(self, attempt_id: AttemptId) -> None:
+        """What cannot start at once must not outlive its lease either."""
+        attempt = await self._store.read(lambda db: views.attempt(db, attempt_id))
+        if attempt is not None:
+            self._executor.hold_lease(attempt)
+
+    async def _on_heartbeat(self, answer: HeartbeatAnswer) -> None:
+        for attempt_id in cancelled_attempts(answer):
+            await self._executor.stop(attempt_id, Cause.CANCELLED)
+        if answer.wants_drain != self._standing.is_draining:
+            self._standing.is_draining = answer.wants_drain
+            log.info("draining" if answer.wants_drain else "no longer draining", asked_by="control plane")
+            self._on_free()
+
+    def _follow_progress(self, active: Active) -> None:
+        user = self._config.tasks.run_as
+        owner_uid = find_user(user).uid if user is not None else os.geteuid()
+        self._progress.follow(active.attempt_id, progress_path(self._state_dir, active.task_id), owner_uid)
+
+    async def _report_progress(self, attempt_id: AttemptId, percent: float, message: str) -> None:
+        report = None
+        active = self._executor.active.get(attempt_id)
+        if active is not None and active.attempt is not None and active.attempt.origin == "control_plane":
+            body = ProgressReport(
+                agent_id=self._names.agent_id, attempt_id=attempt_id, percent=percent, message=message
+            ).body()
+            report = body, self._names.boot_id
+        now_ms = self._clock.wall_ms()
+        await self._store.write(lambda db: units.set_progress(db, attempt_id, percent, message, now_ms, report))
+        self._on_report()
+
+    async def _describe(self) -> RegisterRequest:
+        """What the control plane is told at register."""
+        info = await host.system_info(
+            agent_id=self._names.agent_id, machine_id=self._names.machine_id, disk_path=self._state_dir
+        )
+        url = self.endpoints.url
+        return RegisterRequest(
+            agent_id=self._names.agent_id,
+            machine_id=self._names.machine_id,
+            version=VERSION,
+            hostname=info.hostname,
+            ip_address=info.ip_addresses[0] if info.ip_addresses else "127.0.0.1",
+            agent_port=urllib.parse.urlsplit(url).port or 0 if url else 0,
+            max_workers=self._dispatcher.capacity.slots,
+            features=["long-poll", "release"],
+            labels=self._config.agent.labels,
+            hardware=info.model_dump(mode="json"),
+        )
+
+
+def capacity_of(config: Config) -> Capacity:
+    """What tasks may use: as configured, else one slot per two cores, all CPUs and all memory of the host."""
+    capacity = config.capacity
+    cpus = capacity.cpus if capacity.cpus is not None else host.total_cpus()
+    memory_mb = round(capacity.memory_gb * 1024) if capacity.memory_gb is not None else host.total_memory_mb()
+    slots = capacity.max_concurrent or max(1, math.floor(cpus / _CPUS_PER_SLOT))
+    return Capacity(slots=slots, cpus=cpus, memory_mb=memory_mb)
+
+
+def _name(db: sqlite3.Connection, config: Config, boot_id: str) -> _Names:
+    """The configured names, else those that were made at the first start on this state directory."""
+    agent_id = config.agent.id or units.meta(db, "agent_id", f"{_host_word()}-{uuid.uuid4().hex[:8]}")
+    machine_id = config.agent.machine_id or host.derived_machine_id()
+    return _Names(agent_id, machine_id or units.meta(db, "machine_id", host.random_machine_id()), boot_id)
+
+
+def _host_word() -> str:
+    word = "".join(char for char in socket.gethostname().lower() if char.isascii() and (char.isalnum() or char == "-"))
+    return word.strip("-")[:40] or "agent"
+
+
+def _new_id() -> str:
+    return str(uuid.uuid4())
+
+
+def _write_endpoints(path: Path, endpoints: Endpoints) -> None:
+    """Where the API really listens, for whoever finds the agent by its state directory; 0600, whole or not at all."""
+    text = json.dumps(
+        {"url": endpoints.url, "socket": str(endpoints.socket) if endpoints.socket else None, "pid": os.getpid()}
+    )
+    draft = path.with_name(path.name + ".new")
+    draft.unlink(missing_ok=True)
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(fd, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
+    draft.rename(path)

@@ -1,0 +1,66 @@
+"""What a control plane is started with, and its bounds. Durations are seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+
+from remotegpu_schemas.errors import AgentError
+
+WAIT_MAX_S: Final = 300.0
+"""A long poll is held no longer, whatever it asks for."""
+LEASE_MAX_S: Final = 86_400
+BODY_MAX_BYTES: Final = 16 * 1024 * 1024
+"""A completion has 128 KiB of output, in JSON at most six times that; a submission has TASKS_PER_CALL_MAX tasks."""
+TASKS_PER_CALL_MAX: Final = 10_000
+LIST_MAX: Final = 1000
+REJECTION_EVENTS_MAX: Final = 100
+"""Further rejected calls for one task are only counted."""
+STOP_PATIENCE_S: Final = 1.0
+
+
+class CannotServe(AgentError):
+    """The plane cannot start; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One plane. The fields that begin with `compat_` matter in compatibility mode only."""
+
+    database: Path
+    admin_token: str = field(repr=False)
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0 takes a free one; a plane that is started again from its own settings takes the same."""
+    lease_ttl_s: float = 60.0
+    """For tasks that do not name their own `lease_ttl_sec`."""
+    attempts_max: int = 10
+    """A task fails when so many of its attempts have lapsed."""
+    restart_grace_s: float | None = None
+    """At a start every lease holds at least so long, since nobody could renew it while the plane was down; None is
+    `lease_ttl_s`."""
+    accepts_late_results: bool = True
+    """A result that comes after its lease counts as long as nobody else has claimed the task; false answers 30003."""
+    compat: bool = False
+    """Answer as deployed planes do (protocol.md, "Deployed peers")."""
+    compat_errors: Literal["status", "body"] = "status"
+    """An error is an HTTP status, or HTTP 200 with the code in the body alone."""
+    compat_repeats_held: bool = True
+    """A claim's answer begins with the tasks that the agent already holds."""
+    compat_hides_lease: bool = False
+    """A claimed task comes without `lease_expires_at`."""
+    now: Callable[[], float] = time.time
+    """Seconds since 1970; whoever moves it by hand calls `Plane.clock_moved`."""
+
+    @property
+    def now_ms(self) -> int:
+        """The time in milliseconds."""
+        return int(self.now() * 1000)
+
+    @property
+    def lease_ttl_ms(self) -> int:
+        """The default lease in milliseconds."""
+        return int(self.lease_ttl_s * 1000)
