@@ -45,6 +45,7 @@ __all__ = [
     "check_files",
     "load_config",
     "read_config",
+    "read_config_text",
     "read_control_plane_token",
     "split_listen",
     "token_path",
@@ -179,7 +180,14 @@ def load_config(path: Path | None, environ: Mapping[str, str], sets: Sequence[st
 
 def read_config(path: Path | None, environ: Mapping[str, str], sets: Sequence[str] = ()) -> Loaded:
     """As `load_config`, with the origin of each value."""
-    document = _read_document(path)
+    name = path or DEFAULT_PATH
+    text = _read_file(name, is_optional=path is None)
+    return read_config_text(text, str(name), environ, sets)
+
+
+def read_config_text(text: bytes | None, name: str, environ: Mapping[str, str], sets: Sequence[str] = ()) -> Loaded:
+    """As `read_config`, of a file's content; `name` is what the file is called in messages."""
+    document = _parse(text, name) if text is not None else None
     file_data = document.data(is_verbatim) if document is not None else {}
     if document is not None and not isinstance(file_data, dict):
         raise InvalidConfig(
@@ -201,12 +209,12 @@ def read_config(path: Path | None, environ: Mapping[str, str], sets: Sequence[st
     return Loaded(config, source.origins())
 
 
-def _read_document(path: Path | None) -> Document | None:
-    name = path or DEFAULT_PATH
+def _read_file(name: Path, *, is_optional: bool) -> bytes | None:
     try:
-        text = name.read_bytes()
+        with name.open("rb") as file:
+            return file.read(limits.CONFIG_MAX_BYTES + 1)
     except FileNotFoundError:
-        if path is None:
+        if is_optional:
             return None
         raise Misconfigured(f"{name}: there is no such config file; make one with `remotegpu-agent setup`") from None
     except OSError as error:
@@ -214,8 +222,11 @@ def _read_document(path: Path | None) -> Document | None:
             f"{name}: the config file cannot be read: {error.strerror or error}; run as its owner, or name another "
             "with --config"
         ) from None
+
+
+def _parse(text: bytes, name: str) -> Document | None:
     try:
-        documents = load(text, str(name), max_bytes=limits.CONFIG_MAX_BYTES)
+        documents = load(text, name, max_bytes=limits.CONFIG_MAX_BYTES)
     except InvalidFile as error:
         raise InvalidConfig(error.problems) from None
     if len(documents) > 1:

@@ -17,7 +17,9 @@ from remotegpu_schemas.strict_yaml import Document, load, parse_scalar
 ENVIRONMENT_PREFIX: Final = "REMOTEGPU_AGENT__"
 
 _TEXTS: Final = (("agent", "id"), ("agent", "machine_id"))
-_TEXT_MAPPINGS: Final = (("agent", "labels"), ("tasks", "env"))
+_NOTHING: Final = frozenset({"", "~", "null"})
+_VARIABLES: Final = ("tasks", "env")
+_TEXT_MAPPINGS: Final = (("agent", "labels"), _VARIABLES)
 
 _LATER: Final[Mapping[str, Any]] = {
     "control_plane": {"allow_services": False},
@@ -69,10 +71,7 @@ class Sources:
         """Lay `REMOTEGPU_AGENT__SECTION__KEY` over the file; names of tasks' variables keep their case."""
         for name in sorted(environ):
             if name.startswith(ENVIRONMENT_PREFIX):
-                parts = name.removeprefix(ENVIRONMENT_PREFIX).split("__")
-                head = [part.lower() for part in parts[:2]]
-                tail = parts[2:] if head == ["tasks", "env"] else [part.lower() for part in parts[2:]]
-                yield from self._override((*head, *tail), environ[name], f"environment variable {name}")
+                yield from self._override(_path_of(name), environ[name], f"environment variable {name}")
 
     def override_by_flags(self, sets: Sequence[str]) -> Iterator[Problem]:
         """Lay each `section.key=value` over the rest."""
@@ -106,7 +105,7 @@ class Sources:
 
     def _value(self, path: report.Path, text: str, label: str) -> object:
         if is_verbatim(path):
-            return text
+            return None if path in _TEXTS and text in _NOTHING else text
         if text.startswith(("[", "{")):
             documents = load(text.encode("utf-8", "surrogateescape"), label)
             return documents[0].data(lambda inner: is_verbatim((*path, *inner))) if documents else None
@@ -141,6 +140,18 @@ class Sources:
         if self._document is None:
             return "default"
         return f"{self._document.file}:{self._document.key_mark(path).line}"
+
+
+def _path_of(name: str) -> report.Path:
+    """The key that an environment variable means; what follows `TASKS__ENV__` is a variable's name as it stands."""
+    section, _, rest = name.removeprefix(ENVIRONMENT_PREFIX).partition("__")
+    key, _, inner = rest.partition("__")
+    path = tuple(part.lower() for part in (section, key) if part)
+    if path == _VARIABLES and inner:
+        return (*path, inner)
+    if path in _TEXT_MAPPINGS and inner:
+        return (*path, inner.lower())
+    return (*path, *(part for part in inner.lower().split("__") if part)) or ("",)
 
 
 def later_keys(path: report.Path) -> Mapping[str, Any]:

@@ -41,7 +41,7 @@ from remotegpu_agent.presence import HostState, Presence, cancelled_attempts
 from remotegpu_agent.progress import ProgressFollower
 from remotegpu_agent.recovery import recover
 from remotegpu_agent.reporter import Reporter
-from remotegpu_agent.runspec import RunSettings, find_user, progress_path
+from remotegpu_agent.runspec import RunSettings, find_user
 from remotegpu_agent.standing import Standing
 from remotegpu_agent.supervise import Loops
 from remotegpu_queue import units, views
@@ -53,7 +53,7 @@ from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId
 from remotegpu_schemas.states import Cause
 from remotegpu_schemas.task import OnUnreachable
-from remotegpu_schemas.wire import HeartbeatAnswer, ProgressReport, RegisterRequest
+from remotegpu_schemas.wire import HeartbeatAnswer, RegisterRequest
 from remotegpu_sidecar import identity
 from remotegpu_sidecar.launcher import Launcher
 
@@ -120,8 +120,10 @@ class Agent:
         self._executor = self._make_executor()
         self._leases = self._make_leases()
         self._executor.leases = self._leases
-        self._dispatcher = Dispatcher(store, self._executor, self._clock, capacity_of(config))
-        self._progress = ProgressFollower(loops, self._watcher, self._report_progress)
+        self._dispatcher = Dispatcher(
+            store, self._executor, self._clock, capacity_of(config), on_decided=self._on_decided
+        )
+        self._progress = ProgressFollower(loops, self._watcher, self._executor.store_progress)
         self._executor.watch(started=self._follow_progress, ended=lambda run: self._progress.forget(run.attempt_id))
         self._api = self._make_api()
         self._plane: ControlPlane | None = None
@@ -318,6 +320,9 @@ class Agent:
 
     def _on_free(self) -> None:
         self._dispatcher.changed()
+
+    def _on_decided(self) -> None:
+        """What waits here goes first; what is free after that is for the control plane."""
         if self._claimer is not None:
             self._claimer.changed()
 
@@ -362,21 +367,7 @@ class Agent:
             self._on_free()
 
     def _follow_progress(self, active: Active) -> None:
-        user = self._config.tasks.run_as
-        owner_uid = find_user(user).uid if user is not None else os.geteuid()
-        self._progress.follow(active.attempt_id, progress_path(self._state_dir, active.task_id), owner_uid)
-
-    async def _report_progress(self, attempt_id: AttemptId, percent: float, message: str) -> None:
-        report = None
-        active = self._executor.active.get(attempt_id)
-        if active is not None and active.attempt is not None and active.attempt.origin == "control_plane":
-            body = ProgressReport(
-                agent_id=self._names.agent_id, attempt_id=attempt_id, percent=percent, message=message
-            ).body()
-            report = body, self._names.boot_id
-        now_ms = self._clock.wall_ms()
-        await self._store.write(lambda db: units.set_progress(db, attempt_id, percent, message, now_ms, report))
-        self._on_report()
+        self._progress.follow(active.attempt_id, *self._executor.progress_file(active))
 
     async def _describe(self) -> RegisterRequest:
         """What the control plane is told at register."""

@@ -7,6 +7,8 @@ are the sidecar's.
 from __future__ import annotations
 
 import asyncio
+import os
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +20,15 @@ from remotegpu_agent import results
 from remotegpu_agent.announcer import Announcer
 from remotegpu_agent.clock import Clock
 from remotegpu_agent.leases import LeaseKeeper
-from remotegpu_agent.runspec import RunSettings, build_run_spec, grace_period_s, prepare_work_dir, refusal
+from remotegpu_agent.progress import Progress, read_progress
+from remotegpu_agent.runspec import (
+    RunSettings,
+    build_run_spec,
+    grace_period_s,
+    prepare_work_dir,
+    progress_path,
+    refusal,
+)
 from remotegpu_agent.supervise import Loops
 from remotegpu_queue import leasing, outbox, units, views
 from remotegpu_queue.rows import Attempt
@@ -35,7 +45,7 @@ from remotegpu_queue.transitions import (
 from remotegpu_schemas.attempt import AttemptId, EndedBy, Lease, RunEnded, RunNo, RunRecord, RunStarted
 from remotegpu_schemas.states import CAUSE_RULES, Cause, wire_exit_code
 from remotegpu_schemas.task import Resources, TaskId
-from remotegpu_schemas.wire import CompleteReport, JsonObject, ReleaseReport, StartReport, format_time
+from remotegpu_schemas.wire import CompleteReport, JsonObject, ProgressReport, ReleaseReport, StartReport, format_time
 from remotegpu_sidecar.launcher import Launcher, LaunchError, Run
 from remotegpu_sidecar.output import read_output
 
@@ -54,6 +64,26 @@ class ExecutorSettings:
     inline_limit_bytes: int
     continues_when_unreachable: bool = False
     max_starting: int = 8
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A run that has been written down, or why there is none."""
+
+    attempt: Attempt
+    refusal: tuple[Cause, str] | None = None
+    run_no: RunNo = RunNo(0)
+
+
+@dataclass(frozen=True)
+class _End:
+    """All that is stored of a run's end."""
+
+    outcome: Outcome
+    after: AfterRun
+    ended_ms: int
+    record: RunRecord | None
+    report: JsonObject | None
 
 
 @dataclass
@@ -136,23 +166,17 @@ class Executor:
 
     async def _execute(self, active: Active) -> None:
         attempt_id = active.attempt_id
-        waiting = await self._store.read(lambda db: views.attempt(db, attempt_id))
-        if waiting is None or not waiting.state.is_waiting:
-            return
-        self.leases.hold(waiting)
-        if self._lease_is_over(waiting):
-            await self.end_waiting(waiting, Cause.LEASE_LOST, "the lease ended before the task could be started")
-            return
-        reason = refusal(waiting.task)
-        if reason is not None:
-            await self.end_waiting(waiting, Cause.POLICY_REFUSED, reason)
-            return
         try:
-            attempt, run_no = await self._store.write(lambda db: units.begin_run(db, attempt_id, self._clock.wall_ms()))
+            begun = await self._store.write(lambda db: self._begin(db, attempt_id))
         except LostRace as race:
             log.info("a task is not started", attempt_id=attempt_id, reason=str(race))
             return
-        active.attempt, active.run_no = attempt, run_no
+        attempt = begun.attempt
+        if begun.refusal is not None:
+            await self.end_waiting(attempt, *begun.refusal)
+            return
+        active.attempt, active.run_no = attempt, begun.run_no
+        self.hold_lease(attempt)
         if active.stop_cause is not None:
             # It was asked for before there was anything to stop; the cause is stored with the end.
             never_ran = RunEnded(ended_by=EndedBy.STOP, ended_wall_ns=self._clock.wall_ms() * 1_000_000)
@@ -160,17 +184,26 @@ class Executor:
             return
         try:
             async with self._starting:
-                run = await self._launch(attempt, run_no)
+                run = await self._launch(attempt, begun.run_no)
         except (LaunchError, OSError, ValueError) as error:
-            outcome = Outcome(
-                Cause.LAUNCH_FAILED,
-                wire_exit_code(Cause.LAUNCH_FAILED, None, None),
-                None,
-                f"the task was not started: {error}",
-            )
+            code = wire_exit_code(Cause.LAUNCH_FAILED, None, None)
+            outcome = Outcome(Cause.LAUNCH_FAILED, code, None, f"the task was not started: {error}")
             await self._finish(active, outcome, None)
             return
         await self._follow(active, run)
+
+    def _begin(self, db: sqlite3.Connection, attempt_id: AttemptId) -> _Begun:
+        """Write the next run down, unless there is a reason not to start it: one look and one commit."""
+        waiting = views.attempt(db, attempt_id)
+        if waiting is None or not waiting.state.is_waiting:
+            raise LostRace(f"attempt {attempt_id} no longer waits")
+        if self._lease_is_over(waiting):
+            return _Begun(waiting, (Cause.LEASE_LOST, "the lease ended before the task could be started"))
+        reason = refusal(waiting.task)
+        if reason is not None:
+            return _Begun(waiting, (Cause.POLICY_REFUSED, reason))
+        attempt, run_no = units.begin_run(db, attempt_id, self._clock.wall_ms())
+        return _Begun(attempt, run_no=run_no)
 
     async def _launch(self, attempt: Attempt, run_no: RunNo) -> Run:
         prepare_work_dir(attempt.task, self._settings.run)
@@ -300,7 +333,7 @@ class Executor:
         report: JsonObject | None = None
         if is_final and attempt.origin == "control_plane" and rule.is_reported:
             report = self._complete_report(attempt, run_no, outcome, record, ended_ms)
-        await self._store_end(active, outcome, after, ended_ms, record, report, drop_reports=not rule.is_reported)
+        await self._store_end(active, _End(outcome, after, ended_ms, record, report))
         if is_final:
             self.leases.release(attempt.attempt_id)
         log.info(
@@ -328,36 +361,12 @@ class Executor:
             inline_limit_bytes=self._settings.inline_limit_bytes,
         )
 
-    async def _store_end(
-        self,
-        active: Active,
-        outcome: Outcome,
-        after: AfterRun,
-        ended_ms: int,
-        record: RunRecord | None,
-        report: JsonObject | None,
-        *,
-        drop_reports: bool,
-    ) -> None:
-        usage = results.usage_of(record.ended.usage) if record and record.ended else None
+    async def _store_end(self, active: Active, end: _End) -> None:
+        """Store a run's end, once the store can be written. The last progress comes before it, in the same commit."""
+        progress = self._last_progress(active) if end.record is not None else None
         while True:
-            ready_ns = self._clock.boottime_ns() + round(after.delay_s * 1e9) if after.delay_s else 0
             try:
-                await self._store.write(
-                    lambda db: units.run_ended(
-                        db,
-                        active.attempt_id,
-                        active.run_no,
-                        outcome,
-                        after,
-                        ended_at_ms=ended_ms,
-                        ready_boottime_ns=ready_ns,  # noqa: B023 - the unit runs before the next turn
-                        boot_id=self._settings.boot_id,
-                        usage=usage,
-                        report=report,
-                        drop_reports=drop_reports,
-                    )
-                )
+                await self._store.write(lambda db: self._end_unit(db, active, end, progress))
             except (LostRace, IllegalTransition) as race:
                 log.error("a run's end was stored before", attempt_id=active.attempt_id, reason=str(race))
                 return
@@ -366,9 +375,55 @@ class Executor:
                 log.error("a result cannot be stored yet", attempt_id=active.attempt_id, error=str(error))
                 await asyncio.sleep(_STORE_RETRY_S)
             else:
-                if report is not None:
+                if end.report is not None:
                     self._on_report()
                 return
+
+    def _end_unit(self, db: sqlite3.Connection, active: Active, end: _End, progress: Progress | None) -> None:
+        after, ended = end.after, end.record.ended if end.record is not None else None
+        if progress is not None:
+            units.set_progress(db, active.attempt_id, *progress, end.ended_ms, self._progress_report(active, progress))
+        units.run_ended(
+            db,
+            active.attempt_id,
+            active.run_no,
+            end.outcome,
+            after,
+            ended_at_ms=end.ended_ms,
+            ready_boottime_ns=self._clock.boottime_ns() + round(after.delay_s * 1e9) if after.delay_s else 0,
+            boot_id=self._settings.boot_id,
+            usage=results.usage_of(ended.usage) if ended is not None else None,
+            report=end.report,
+            drop_reports=not CAUSE_RULES[end.outcome.cause].is_reported,
+        )
+
+    # --- progress ---
+
+    async def store_progress(self, attempt_id: AttemptId, percent: float, message: str) -> None:
+        """Store and report the progress of a run that is alive."""
+        active = self.active.get(attempt_id)
+        if active is None:
+            return
+        now_ms, report = self._clock.wall_ms(), self._progress_report(active, (percent, message))
+        await self._store.write(lambda db: units.set_progress(db, attempt_id, percent, message, now_ms, report))
+        self._on_report()
+
+    def progress_file(self, active: Active) -> tuple[Path, int]:
+        """Where the task writes its progress, and the uid that it must belong to."""
+        run = self._settings.run
+        return progress_path(run.state_dir, active.task_id), run.user.uid if run.user is not None else os.geteuid()
+
+    def _last_progress(self, active: Active) -> Progress | None:
+        return read_progress(*self.progress_file(active))
+
+    def _progress_report(self, active: Active, progress: Progress) -> tuple[JsonObject, str] | None:
+        if active.attempt is None or active.attempt.origin == "local":
+            return None
+        percent, message = progress
+        report = ProgressReport(
+            agent_id=self._settings.run.agent_id, attempt_id=active.attempt_id, percent=percent, message=message
+        )
+        return report.body(), self._settings.boot_id
 
     # --- stopping ---
 

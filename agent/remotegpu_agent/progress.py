@@ -83,6 +83,8 @@ class ProgressFollower:
             task.cancel()
 
     async def _report_changes(self, attempt_id: AttemptId, path: Path, owner_uid: int) -> None:
+        # Most tasks are shorter; their last word is read when they end.
+        await asyncio.sleep(_REPORT_EVERY_S)
         changed = asyncio.Event()
         last: Progress | None = None
         with self._watcher.listen(path.parent, changed) as is_told:

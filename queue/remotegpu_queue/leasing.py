@@ -9,6 +9,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Final
 
+from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import Lease
 
 _NS: Final = 1_000_000_000
@@ -34,9 +35,13 @@ def ttl_until(expires_at: datetime | None, answered_at: datetime | None) -> floa
 
 
 def lease(ttl_s: float, sent_boottime_ns: int, configured_margin_s: float, boot_id: str) -> Lease:
-    """A lease of `ttl_s` that was asked for at `sent_boottime_ns`. Raises ValueError for a ttl that is not positive."""
+    """A lease of `ttl_s` that was asked for at `sent_boottime_ns`; a longer one than the bound is cut to it.
+
+    Raises ValueError for a ttl that is not positive.
+    """
     if not ttl_s > 0:
         raise ValueError("a lease needs a positive ttl")
+    ttl_s = min(ttl_s, limits.TIMEOUT_MAX_S)
     deadline_ns = sent_boottime_ns + round((ttl_s - margin_s(ttl_s, configured_margin_s)) * _NS)
     return Lease(ttl_s=ttl_s, deadline_boottime_ns=deadline_ns, boot_id=boot_id)
 

@@ -27,7 +27,7 @@ class Report:
     id: int
     attempt_id: AttemptId
     task_id: TaskId
-    kind: Literal["start", "progress", "complete", "release"]
+    kind: ReportKind
     body: dict[str, Any]
     created_at_ms: int
     first_try_at_ms: int | None
@@ -35,20 +35,58 @@ class Report:
     last_error: str | None
 
 
+@dataclass(frozen=True)
+class _Tried:
+    """How the delivery of a report went so far."""
+
+    tries: int = 0
+    first_try_at_ms: int | None = None
+    last_error: str | None = None
+    due_ns: int = 0
+
+
 def add_report(
     db: sqlite3.Connection,
     attempt_id: AttemptId,
-    kind: str,
+    kind: ReportKind,
     body: Body,
     now_ms: int,
     boot_id: str,
     task_id: TaskId | None = None,
 ) -> None:
-    """Add a report for delivery. `task_id` is needed only where no attempt was stored (a refused claim)."""
+    """Add a report for delivery, behind what the attempt has to say already.
+
+    `task_id` is needed only where no attempt was stored (a refused claim); repeating it then changes nothing.
+    """
     if task_id is None:
-        task_id = TaskId(one(db, "attempt", {"attempt_id": attempt_id})["task_id"])
+        task_id = TaskId(one(db, "attempt_state", {"attempt_id": attempt_id})["task_id"])
     elif one(db, "has_complete", {"attempt_id": attempt_id}) is not None:
         return
+    _add(db, attempt_id, task_id, kind, body, now_ms, boot_id, _Tried())
+
+
+def replace_progress(
+    db: sqlite3.Connection, attempt_id: AttemptId, task_id: TaskId, body: Body, now_ms: int, boot_id: str
+) -> None:
+    """Put the latest progress in place of the one that waits; a delivery that was put off stays put off."""
+    tried = _Tried()
+    row = one(db, "drop_waiting_progress", {"attempt_id": attempt_id})
+    if row is not None:
+        tried = _Tried(row["tries"], row["first_try_at_ms"], row["last_error"], row["due_boottime_ns"] or 0)
+        _next(db, attempt_id)
+    _add(db, attempt_id, task_id, "progress", body, now_ms, boot_id, tried)
+
+
+def _add(
+    db: sqlite3.Connection,
+    attempt_id: AttemptId,
+    task_id: TaskId,
+    kind: ReportKind,
+    body: Body,
+    now_ms: int,
+    boot_id: str,
+    tried: _Tried,
+) -> None:
     db.execute(
         SQL["add_report"],
         {
@@ -58,8 +96,17 @@ def add_report(
             "body": json.dumps(body, ensure_ascii=False),
             "now_ms": now_ms,
             "boot_id": boot_id,
+            "tries": tried.tries,
+            "first_try_at_ms": tried.first_try_at_ms,
+            "last_error": tried.last_error,
+            "due_ns": tried.due_ns,
         },
     )
+
+
+def _next(db: sqlite3.Connection, attempt_id: AttemptId) -> None:
+    """After a report has left: the one behind it is due."""
+    db.execute(SQL["next_report"], {"attempt_id": attempt_id})
 
 
 def due_reports(db: sqlite3.Connection, now_ns: int, limit: int) -> tuple[list[Report], int | None]:
@@ -84,7 +131,7 @@ def due_reports(db: sqlite3.Connection, now_ns: int, limit: int) -> tuple[list[R
 
 def report_delivered(db: sqlite3.Connection, report: Report) -> None:
     """Forget a delivered report and note on its attempt what the control plane now knows."""
-    db.execute(SQL["report_delivered"], {"id": report.id})
+    drop_report(db, report.id)
     if report.kind == "start":
         db.execute(SQL["start_accepted"], {"attempt_id": report.attempt_id})
     elif report.kind in {"complete", "release"}:
@@ -92,13 +139,15 @@ def report_delivered(db: sqlite3.Connection, report: Report) -> None:
 
 
 def report_retry(db: sqlite3.Connection, report_id: int, due_boottime_ns: int, error: str, now_ms: int) -> None:
-    """Put a report off."""
+    """Put a report off; nothing happens if it is gone (a later progress has replaced it)."""
     db.execute(SQL["report_retry"], {"id": report_id, "due_ns": due_boottime_ns, "error": error, "now_ms": now_ms})
 
 
 def report_dead(db: sqlite3.Connection, report_id: int, error: str) -> None:
-    """Set a report aside as a dead letter; it stays until somebody looks at it."""
-    db.execute(SQL["report_dead"], {"id": report_id, "error": error})
+    """Set a report aside as a dead letter; it stays until somebody looks at it. Those behind it go on."""
+    row = one(db, "report_dead", {"id": report_id, "error": error})
+    if row is not None:
+        _next(db, row["attempt_id"])
 
 
 def drop_reports(db: sqlite3.Connection, attempt_id: AttemptId) -> None:
@@ -112,5 +161,7 @@ def has_reports(db: sqlite3.Connection, attempt_id: AttemptId) -> bool:
 
 
 def drop_report(db: sqlite3.Connection, report_id: int) -> None:
-    """Forget one report that nobody wants."""
-    db.execute(SQL["report_delivered"], {"id": report_id})
+    """Forget one report that nobody wants. Safe to repeat."""
+    row = one(db, "report_delivered", {"id": report_id})
+    if row is not None:
+        _next(db, row["attempt_id"])

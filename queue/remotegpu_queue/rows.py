@@ -121,11 +121,12 @@ def run_of(row: sqlite3.Row) -> Run:
 
 
 def change(db: sqlite3.Connection, query: str, values: Mapping[str, Any]) -> None:
-    """Run an UPDATE that must change exactly one row. Raises LostRace when it does not."""
+    """Run an UPDATE without RETURNING that must change exactly one row. Raises LostRace when it does not."""
     if db.execute(SQL[query], values).rowcount != 1:
         raise LostRace(f"{query}: {values.get('attempt_id')} is no longer in the expected state")
 
 
 def one(db: sqlite3.Connection, query: str, values: Mapping[str, Any] | None = None) -> Any:
-    """The first row of a query, or None."""
-    return db.execute(SQL[query], values or {}).fetchone()
+    """The first row of a query, or None; the statement has run to its end."""
+    rows = db.execute(SQL[query], values or {}).fetchall()
+    return rows[0] if rows else None

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from remotegpu_schemas.attempt import AttemptId
 from remotegpu_schemas.task import Resources, TaskId
+
+_CPU_TOLERANCE: Final = 1e-6
+"""Shares of a CPU are binary fractions: 0.3 - 0.1 - 0.1 is less than 0.1."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def never_fits(need: Resources, total: Capacity) -> str | None:
     """Why this task can never run on this host, or None."""
     if need.gpus > total.gpus:
         return f"needs {need.gpus} GPUs; this agent manages {total.gpus}"
-    if need.cpus > total.cpus:
+    if need.cpus > total.cpus + _CPU_TOLERANCE:
         return f"needs {need.cpus:g} CPUs; this host gives {total.cpus:g}"
     if need.memory_mb > total.memory_mb:
         return f"needs {need.memory_mb} MiB of memory; this host gives {total.memory_mb} MiB"
@@ -110,7 +114,7 @@ def _lacking(need: Resources, free: Capacity) -> str | None:
         return "all slots are taken (capacity.max_concurrent)"
     if need.gpus > free.gpus:
         return f"needs {need.gpus} GPUs; {free.gpus} are free"
-    if need.cpus > free.cpus:
+    if need.cpus > free.cpus + _CPU_TOLERANCE:
         return f"needs {need.cpus:g} CPUs; {free.cpus:g} are free"
     if need.memory_mb > free.memory_mb:
         return f"needs {need.memory_mb} MiB of memory; {free.memory_mb} MiB are free"

@@ -7,11 +7,13 @@ plain functions on a sqlite3 connection, so that the simulator can run the same 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import sqlite3
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Protocol, Self, TypeVar
@@ -25,12 +27,21 @@ T = TypeVar("T")
 Unit = Callable[[sqlite3.Connection], T]
 
 _BUSY_TIMEOUT_MS: Final = 30_000
-_PRAGMAS: Final = (
-    f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}",
-    "PRAGMA journal_mode = WAL",
-    "PRAGMA synchronous = FULL",
-    "PRAGMA foreign_keys = ON",
+_OUTSIDE_FAULTS: Final = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_PROTOCOL,
+        sqlite3.SQLITE_READONLY,
+    }
 )
+"""Primary result codes that say something of the disk or the file, not of the statement (sqlite.org/rescode.html)."""
 
 
 class LostRace(AgentError):
@@ -59,32 +70,72 @@ class ThreadExecutor(aiosqlite.Connection):
     (aiosqlite's public calls hop once per statement; a task's way through the store has about thirty.)
     """
 
+    def __init__(self, connector: Callable[[], sqlite3.Connection]) -> None:
+        super().__init__(connector, iter_chunk_size=64)
+        # aiosqlite's thread is joined when the interpreter ends, and would keep an agent with a wedged disk from ending.
+        self._thread.daemon = True
+
     async def run(self, function: Unit[T]) -> T:
-        """Run `function` in the connection's thread."""
-        result: T = await self._execute(function, self._conn)  # type: ignore[no-untyped-call]  # aiosqlite leaves it so
+        """Run `function` in the connection's thread. Raises StoreUnavailable when it is closed."""
+        if not self._running or self._connection is None:
+            raise StoreUnavailable("the store is closed")
+        result: T = await self._execute(function, self._connection)  # type: ignore[no-untyped-call]  # aiosqlite's
         return result
 
+    async def ended(self) -> None:
+        """Wait until the thread has ended, so that it has no more to tell to a loop that may close."""
+        await asyncio.to_thread(self._thread.join)
 
-def _connect(path: Path, *, is_reader: bool) -> sqlite3.Connection:
+
+def connect(path: Path, *, is_reader: bool = False) -> sqlite3.Connection:
+    """Open the database with this program's settings. A writer creates the file, readable by its owner only.
+
+    Raises sqlite3.Error, and OSError when the file cannot be created.
+    """
+    if not is_reader:
+        # SQLite gives its -wal and -shm files the mode that the database has when they are made.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        os.chmod(path, 0o600)
     connection = sqlite3.connect(path, isolation_level=None, cached_statements=256)
-    connection.row_factory = sqlite3.Row
-    for pragma in _PRAGMAS if not is_reader else (_PRAGMAS[0], "PRAGMA query_only = ON"):
-        connection.execute(pragma)
+    try:
+        connection.row_factory = sqlite3.Row
+        connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+        if is_reader:
+            connection.execute("PRAGMA query_only = ON")
+            return connection
+        mode: str = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+        if mode != "wal":
+            raise sqlite3.OperationalError(f"the file system does not carry write-ahead logging (journal mode {mode})")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
 async def thread_executor(path: Path, *, is_reader: bool = False) -> ThreadExecutor:
     """Open `path` in a thread; the one executor of the running agent."""
-    executor = ThreadExecutor(lambda: _connect(path, is_reader=is_reader), iter_chunk_size=64)
-    executor._thread.daemon = True  # a wedged disk must not keep the process from ending
-    await executor
+    executor = ThreadExecutor(lambda: connect(path, is_reader=is_reader))
+    try:
+        await executor
+    except Exception:
+        await executor.ended()
+        raise
     return executor
 
 
-@dataclass
+@dataclass(frozen=True)
+class Failed:
+    """A unit's own exception, with its changes rolled back."""
+
+    error: Exception
+
+
+@dataclass(frozen=True)
 class _Waiting:
     unit: Unit[Any]
-    done: asyncio.Future[Any] = field(repr=False)
+    done: asyncio.Future[Any]
 
 
 class Store:
@@ -97,7 +148,9 @@ class Store:
         self._writer = writer
         self._reader = reader
         self._lock_fd = lock_fd
-        self._queue: asyncio.Queue[_Waiting | None] = asyncio.Queue(limits.STORE_QUEUE_MAX_UNITS)
+        self._room = asyncio.Semaphore(limits.STORE_QUEUE_MAX_UNITS)  # first come, first served, unlike asyncio.Queue
+        self._queue: deque[_Waiting] = deque()
+        self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
 
@@ -105,8 +158,8 @@ class Store:
     async def open(cls, state_dir: Path) -> Self:
         """Open `<state_dir>/queue.db`, migrated, for this process alone.
 
-        Raises Misconfigured: the directory cannot be written, another agent has it, or the database is newer than
-        this program.
+        Raises Misconfigured: the directory cannot be written, another agent has it, the database is damaged, or newer
+        than this program.
         """
         path = state_dir / "queue.db"
         lock_fd = lock_state_dir(state_dir)
@@ -118,13 +171,12 @@ class Store:
             except BaseException:
                 await writer.close()
                 raise
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             os.close(lock_fd)
-            raise Misconfigured(f"cannot open the database {path}: {error}; check its owner, mode and disk") from error
+            raise Misconfigured(_cannot_open(path, error)) from error
         except BaseException:
             os.close(lock_fd)
             raise
-        os.chmod(path, 0o600)
         store = cls(writer, reader, lock_fd)
         store.start()
         return store
@@ -138,13 +190,14 @@ class Store:
         if self._is_closed:
             return
         self._is_closed = True
-        await self._queue.put(None)
-        if self._task is not None:
-            await self._task
-        await self._reader.close()
-        await self._writer.close()
-        if self._lock_fd is not None:
-            os.close(self._lock_fd)
+        self._changed.set()
+        async with contextlib.AsyncExitStack() as stack:
+            if self._lock_fd is not None:
+                stack.callback(os.close, self._lock_fd)
+            stack.push_async_callback(self._writer.close)
+            stack.push_async_callback(self._reader.close)
+            if self._task is not None:
+                await self._task
 
     async def write(self, unit: Unit[T]) -> T:
         """Run the unit in the next transaction; on return it is on disk.
@@ -156,66 +209,97 @@ class Store:
 
     async def enqueue(self, unit: Unit[T]) -> asyncio.Future[T]:
         """As `write`, but return the future; units are committed in the order of these calls."""
-        if self._is_closed:
+        if not self._is_closed:
+            await self._room.acquire()
+        if self._is_closed:  # before, or while there was no room
+            self._room.release()
             raise StoreUnavailable("the store is closed")
         waiting = _Waiting(unit, asyncio.get_running_loop().create_future())
-        await self._queue.put(waiting)
+        self._queue.append(waiting)
+        self._changed.set()
         return waiting.done
 
     async def read(self, query: Unit[T]) -> T:
-        """Run a query on the reader. Raises StoreUnavailable."""
+        """Run a query on the reader; all its statements see one moment. Raises what it raises, or StoreUnavailable."""
         try:
-            return await self._reader.run(query)
-        except (sqlite3.OperationalError, sqlite3.DatabaseError, ValueError) as error:
-            raise StoreUnavailable(f"the database cannot be read: {error}") from error
+            return await self._reader.run(lambda db: run_query(db, query))
+        except sqlite3.Error as error:
+            if not is_outside_fault(error):
+                raise
+            raise _unavailable("read", error) from error
 
     async def _write_loop(self) -> None:
-        is_last = False
-        while not is_last:
-            first = await self._queue.get()
-            batch: list[_Waiting] = []
-            item: _Waiting | None = first
-            while True:
-                if item is None:
-                    is_last = True
-                    break
-                batch.append(item)
-                if len(batch) >= limits.STORE_BATCH_MAX_UNITS or self._queue.empty():
-                    break
-                item = self._queue.get_nowait()
-            if batch:
-                await self._commit(batch)
+        while self._queue or not self._is_closed:
+            if not self._queue:
+                self._changed.clear()
+                await self._changed.wait()
+                continue
+            size = min(len(self._queue), limits.STORE_BATCH_MAX_UNITS)
+            batch = [self._queue.popleft() for _ in range(size)]
+            await self._commit(batch)
+            for _ in batch:
+                self._room.release()
 
     async def _commit(self, batch: Sequence[_Waiting]) -> None:
         units = [waiting.unit for waiting in batch]
         try:
             results = await self._writer.run(lambda db: run_batch(db, units))
-        except Exception as error:
-            refusal = StoreUnavailable(f"the database cannot be written: {error}")
-            refusal.__cause__ = error
-            results = [refusal] * len(batch)
+        except Exception as error:  # nothing was committed; whatever it was, the writer goes on
+            results = [Failed(_unavailable("written", error)) for _ in batch]
         for waiting, result in zip(batch, results, strict=True):
             if waiting.done.cancelled():
                 continue
             if isinstance(result, Failed):
                 waiting.done.set_exception(result.error)
-            elif isinstance(result, StoreUnavailable):
-                waiting.done.set_exception(result)
             else:
                 waiting.done.set_result(result)
 
 
-@dataclass(frozen=True)
-class Failed:
-    """A unit's own exception, with its changes rolled back."""
+def is_outside_fault(error: BaseException) -> bool:
+    """Whether an error says that the disk or the file is at fault, so that trying again later may help."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return isinstance(error, sqlite3.Error) and code is not None and (code & 0xFF) in _OUTSIDE_FAULTS
 
-    error: Exception
+
+def _refusal(error: Exception) -> Exception:
+    """What the caller of `write` gets for what its unit raised."""
+    if is_outside_fault(error):
+        return _unavailable("written", error)
+    if isinstance(error, StopIteration):  # a future does not take it
+        return RuntimeError("a unit raised StopIteration")
+    return error
+
+
+def _unavailable(verb: str, error: Exception) -> StoreUnavailable:
+    refusal = StoreUnavailable(f"the database cannot be {verb}: {error}")
+    refusal.__cause__ = error
+    return refusal
+
+
+def _cannot_open(path: Path, error: Exception) -> str:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
+        return (
+            f"the database {path} is damaged: {error}; restore a backup, or move {path.name}, {path.name}-wal and "
+            f"{path.name}-shm away and start again (what waits in them is lost)"
+        )
+    return f"cannot open the database {path}: {error}; check its owner, mode and disk"
+
+
+def run_query(db: sqlite3.Connection, query: Unit[T]) -> T:
+    """Run a query in a transaction that ends with it."""
+    db.execute("BEGIN")
+    try:
+        return query(db)
+    finally:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
 
 
 def run_batch(db: sqlite3.Connection, units: Sequence[Unit[Any]]) -> list[Any]:
     """Run the units in one transaction, each in a savepoint, and commit; a failed one gives a `Failed`.
 
-    Raises sqlite3.Error when nothing was committed.
+    Raises what went wrong when nothing was committed.
     """
     results: list[Any] = []
     db.execute("BEGIN IMMEDIATE")
@@ -225,10 +309,10 @@ def run_batch(db: sqlite3.Connection, units: Sequence[Unit[Any]]) -> list[Any]:
             try:
                 results.append(unit(db))
             except Exception as error:
-                if not db.in_transaction:  # disk full and I/O errors roll everything back
+                if not db.in_transaction:  # disk full and I/O errors may roll everything back
                     raise
                 db.execute("ROLLBACK TO unit")
-                results.append(Failed(error))
+                results.append(Failed(_refusal(error)))
             db.execute("RELEASE unit")
         db.execute("COMMIT")
     except BaseException:
@@ -272,7 +356,7 @@ def migrations() -> list[str]:
 def migrate(db: sqlite3.Connection, path: Path) -> None:
     """Bring the database to this program's version: each step in a transaction, a backup before the first.
 
-    Raises Misconfigured for a database that a newer program wrote.
+    The backup of version n is `queue.db.before-v<n+1>`. Raises Misconfigured for a database that a newer program wrote.
     """
     scripts = migrations()
     version: int = db.execute("PRAGMA user_version").fetchone()[0]
@@ -282,7 +366,7 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
             "start the newer remotegpu-agent, or restore the backup that it made"
         )
     if 0 < version < len(scripts):
-        _back_up(db, path.with_name(f"{path.name}.before-v{len(scripts)}"))
+        _back_up(db, path.with_name(f"{path.name}.before-v{version + 1}"))
     for number, script in enumerate(scripts[version:], start=version + 1):
         db.execute("BEGIN IMMEDIATE")
         try:
@@ -297,10 +381,14 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
 
 
 def _back_up(db: sqlite3.Connection, target: Path) -> None:
-    with sqlite3.connect(target) as copy:
+    """Copy the database; the name appears only when the copy is whole."""
+    part = target.with_name(f"{target.name}.part")
+    part.unlink(missing_ok=True)
+    os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    with contextlib.closing(sqlite3.connect(part)) as copy:
         db.backup(copy)
-    copy.close()
-    os.chmod(target, 0o600)
+        copy.execute("PRAGMA journal_mode = DELETE")  # one file, not three
+    part.replace(target)
 
 
 def split_statements(script: str) -> list[str]:

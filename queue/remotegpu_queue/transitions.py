@@ -5,6 +5,7 @@ Knows no clock, no database and no process; the same code runs in the simulator.
 
 from __future__ import annotations
 
+import enum
 import errno
 import signal as signals
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Outcome:
     error: str
 
 
-class Missing:
+class Missing(enum.StrEnum):
     """Why a run has no `ended` line; each is its own cause."""
 
     SHIM_LOST = "shim_lost"
@@ -82,9 +83,14 @@ _STOP_SENTENCES = {
 }
 
 
-def outcome_of_missing(why: str) -> Outcome:
-    """The outcome of a run that left no `ended` line; `why` is one of `Missing`."""
-    cause, sentence = _MISSING[why]
+def outcome_of_missing(why: str, stop_cause: Cause | None = None) -> Outcome:
+    """The outcome of a run that left no `ended` line; `why` is one of `Missing`.
+
+    If its stop was asked for, that was written down before the run was lost, and counts.
+    """
+    cause, sentence = _MISSING[Missing(why)]
+    if stop_cause is not None:
+        cause, sentence = stop_cause, _stop_sentence(stop_cause)
     return Outcome(cause, wire_exit_code(cause, None, None), None, sentence)
 
 
@@ -110,7 +116,7 @@ def _cause_of(ended: RunEnded, stop_cause: Cause | None) -> Cause:
         case EndedBy.LAUNCH:
             return Cause.LAUNCH_FAILED
         case EndedBy.ABANDONED:
-            return Cause.AGENT_LOST
+            return stop_cause or Cause.AGENT_LOST
         case EndedBy.EXIT:
             if ended.signal is not None:
                 return Cause.SIGNAL
@@ -134,7 +140,11 @@ def _sentence(cause: Cause, ended: RunEnded, timeout_s: float | None) -> str:
         case Cause.AGENT_LOST:
             return _MISSING[Missing.NEVER_STARTED][1]
         case _:
-            return _STOP_SENTENCES.get(cause, f"the task was stopped: {cause}")
+            return _stop_sentence(cause)
+
+
+def _stop_sentence(cause: Cause) -> str:
+    return _STOP_SENTENCES.get(cause, f"the task was stopped: {cause}")
 
 
 def _signal_name(number: int | None) -> str:
@@ -157,7 +167,7 @@ class AfterRun:
 def after_run(
     outcome: Outcome, policy: RetryPolicy, *, retries_used: int, free_retries_used: int, may_run: bool = True
 ) -> AfterRun:
-    """Decide whether the task gets another run. `may_run` is false when its attempt's lease has ended."""
+    """Decide whether the task gets another run. `may_run` is false when its lease has ended or its end was asked for."""
     rule = CAUSE_RULES[outcome.cause]
     if may_run and rule.retry is Retry.FREE and free_retries_used < limits.FREE_RETRIES_MAX:
         event = TaskEvent.PREEMPT if outcome.cause is Cause.PREEMPTED else TaskEvent.RETRY

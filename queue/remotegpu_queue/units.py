@@ -11,9 +11,10 @@ import json
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from remotegpu_queue.outbox import Body, ReportKind, add_report
+from remotegpu_queue import outbox
+from remotegpu_queue.outbox import Body, ReportKind, add_report, replace_progress
 from remotegpu_queue.queries import SQL
 from remotegpu_queue.rows import Attempt, Origin, attempt_of, change, one
 from remotegpu_queue.store import LostRace
@@ -21,8 +22,21 @@ from remotegpu_queue.transitions import AfterRun, Outcome, final_event, next_run
 from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId, Lease, ProcessIdentity, RunNo
 from remotegpu_schemas.errors import Code, Refused
-from remotegpu_schemas.states import Cause, RunEvent, RunState, TaskEvent, TaskState
-from remotegpu_schemas.task import Task
+from remotegpu_schemas.states import (
+    CAUSE_RULES,
+    EXIT_LOST,
+    Cause,
+    Retry,
+    RunEvent,
+    RunState,
+    TaskEvent,
+    TaskState,
+    wire_exit_code,
+)
+from remotegpu_schemas.task import Task, TaskId
+
+_LIVE: Final = frozenset({TaskState.RUNNING, TaskState.SUSPENDED})
+_SUPERSEDED: Final = Outcome(Cause.SUPERSEDED, EXIT_LOST, None, "another attempt has this task now")
 
 # --- new attempts ---
 
@@ -41,8 +55,8 @@ class NewAttempt:
 
 
 def _insert(db: sqlite3.Connection, new: NewAttempt, now_ms: int) -> None:
-    lease = new.lease
-    db.execute(
+    lease, resources = new.lease, new.task.resources
+    seq = db.execute(
         SQL["add_attempt"],
         {
             "attempt_id": new.attempt_id,
@@ -50,6 +64,9 @@ def _insert(db: sqlite3.Connection, new: NewAttempt, now_ms: int) -> None:
             "origin": new.origin,
             "state": TaskState.PENDING if new.origin == "local" else TaskState.ASSIGNED,
             "priority": new.task.priority,
+            "gpus": resources.gpus,
+            "cpus": resources.cpus,
+            "memory_gb": resources.memory_gb,
             "task": new.task.model_dump_json(),
             "retries_used": new.retries_used,
             "lease_ttl_ns": round(lease.ttl_s * 1e9) if lease else None,
@@ -58,12 +75,15 @@ def _insert(db: sqlite3.Connection, new: NewAttempt, now_ms: int) -> None:
             "boot_id": new.boot_id,
             "now_ms": now_ms,
         },
-    )
+    ).lastrowid
+    for key, value in new.task.labels.items():
+        db.execute(SQL["add_label"], {"key": key, "value": value, "seq": seq})
 
 
 def submit(db: sqlite3.Connection, attempts: Sequence[NewAttempt], now_ms: int) -> None:
     """Store local tasks. Raises Refused: QUEUE_FULL, ALREADY_EXISTS (the id was used before)."""
-    if one(db, "count_open")[0] + len(attempts) > limits.QUEUE_MAX_TASKS:
+    room = limits.QUEUE_MAX_TASKS - len(attempts)
+    if one(db, "span_of_attempts")[0] > room and one(db, "count_open")[0] > room:
         raise Refused(Code.QUEUE_FULL, f"the queue holds its bound of {limits.QUEUE_MAX_TASKS} tasks")
     for new in attempts:
         if one(db, "task_is_taken", {"task_id": new.task.id}) is not None:
@@ -93,11 +113,12 @@ def _add_claim(db: sqlite3.Connection, claim: NewAttempt, now_ms: int) -> ClaimR
         return ClaimResult(claim.attempt_id, is_new=False)
     superseded = []
     for row in db.execute(SQL["open_attempts_of_task"], {"task_id": claim.task.id}).fetchall():
-        old = attempt_of(row)
-        if old.state in {TaskState.RUNNING, TaskState.SUSPENDED}:
-            superseded.append(old.attempt_id)
+        old = AttemptId(row["attempt_id"])
+        if row["state"] in _LIVE:
+            superseded.append(old)
         else:
-            end_waiting(db, old.attempt_id, Cause.SUPERSEDED, "another attempt has this task now", 125, now_ms, None)
+            end_waiting(db, old, Cause.SUPERSEDED, _SUPERSEDED.error, _SUPERSEDED.exit_code, now_ms, None)
+    db.execute(SQL["not_latest"], {"task_id": claim.task.id})
     _insert(db, claim, now_ms)
     return ClaimResult(claim.attempt_id, is_new=True, superseded=tuple(superseded))
 
@@ -107,12 +128,12 @@ def _add_claim(db: sqlite3.Connection, claim: NewAttempt, now_ms: int) -> ClaimR
 
 def begin_run(db: sqlite3.Connection, attempt_id: AttemptId, now_ms: int) -> tuple[Attempt, RunNo]:
     """Write down that the next run of a waiting attempt is about to start. Raises LostRace if it no longer waits."""
-    row = one(db, "attempt", {"attempt_id": attempt_id})
+    row = one(db, "attempt_state", {"attempt_id": attempt_id})
     if row is None or not TaskState(row["state"]).is_waiting:
         raise LostRace(f"attempt {attempt_id} no longer waits")
     state, run_no = TaskState(row["state"]), RunNo(row["run_no"] + 1)
     try:
-        change(
+        started = one(
             db,
             "start_attempt",
             {
@@ -123,10 +144,14 @@ def begin_run(db: sqlite3.Connection, attempt_id: AttemptId, now_ms: int) -> tup
                 "now_ms": now_ms,
             },
         )
-    except sqlite3.IntegrityError:
+    except sqlite3.IntegrityError as error:
+        if error.sqlite_errorname != "SQLITE_CONSTRAINT_UNIQUE":
+            raise
         raise LostRace(f"another attempt of task {row['task_id']} still has a process") from None
+    if started is None:
+        raise LostRace(f"attempt {attempt_id} no longer waits for run {run_no}")
     db.execute(SQL["add_run"], {"attempt_id": attempt_id, "run_no": run_no, "now_ms": now_ms})
-    return attempt_of(one(db, "attempt", {"attempt_id": attempt_id})), run_no
+    return attempt_of(started), run_no
 
 
 def run_started(
@@ -137,9 +162,14 @@ def run_started(
     started_at_ms: int,
     report: Body | None,
 ) -> None:
-    """Store the process identity of a run, and the start report. Repeating it changes nothing."""
-    row = one(db, "run", {"attempt_id": attempt_id, "run_no": run_no})
-    if row is None or row["state"] == RunState.ENDED or row["pid"] is not None:
+    """Store the process identity of a run, and the start report. Nothing changes when it is known or the run has ended.
+
+    Raises LostRace when there is no such run.
+    """
+    row = one(db, "run_state", {"attempt_id": attempt_id, "run_no": run_no})
+    if row is None:
+        raise LostRace(f"there is no run {run_no} of attempt {attempt_id}")
+    if row["state"] == RunState.ENDED or row["pid"] is not None:
         return
     state = RunState(row["state"])
     change(
@@ -161,11 +191,11 @@ def run_started(
 
 
 def request_stop(db: sqlite3.Connection, attempt_id: AttemptId, run_no: RunNo, cause: Cause) -> Cause:
-    """Write down why a run is to be stopped; the first request wins, but superseded overrides all. Returns the cause that counts.
+    """Write down why a run is to be stopped, and return the cause that counts: the first one, or superseded.
 
     Raises LostRace when the run has ended.
     """
-    row = one(db, "run", {"attempt_id": attempt_id, "run_no": run_no})
+    row = one(db, "run_state", {"attempt_id": attempt_id, "run_no": run_no})
     if row is None or row["state"] == RunState.ENDED:
         raise LostRace(f"run {run_no} of attempt {attempt_id} has ended")
     if row["stop_cause"] is not None and (cause is not Cause.SUPERSEDED or row["stop_cause"] == Cause.SUPERSEDED):
@@ -199,13 +229,14 @@ def run_ended(
     report: Body | None,
     drop_reports: bool = False,
 ) -> TaskState:
-    """Store a run's end, the task's next state, and the completion report, all or nothing.
+    """Store a run's end, the task's next state, and the completion report, all or nothing; return that state.
 
     `report` is None for local tasks and where the task goes on; `drop_reports` forgets what a superseded attempt
-    still had to say. Raises LostRace when the run has ended already.
+    still had to say. A task that was to go on ends all the same when a newer attempt has it, or (a local one) when
+    somebody asked for its end meanwhile. Raises LostRace when the run has ended already.
     """
-    run = one(db, "run", {"attempt_id": attempt_id, "run_no": run_no})
-    attempt = one(db, "attempt", {"attempt_id": attempt_id})
+    run = one(db, "run_state", {"attempt_id": attempt_id, "run_no": run_no})
+    attempt = one(db, "attempt_state", {"attempt_id": attempt_id})
     if run is None or run["state"] == RunState.ENDED:
         raise LostRace(f"run {run_no} of attempt {attempt_id} has ended already")
     change(
@@ -235,14 +266,37 @@ def run_ended(
         "free_retries_used": after.free_retries_used,
     }
     if not new_state.is_final:
-        change(db, "retry_attempt", {**values, "ready_boottime_ns": ready_boottime_ns})
-        return new_state
+        last = _may_not_go_on(db, run, attempt)
+        if last is None:
+            change(db, "retry_attempt", {**values, "ready_boottime_ns": ready_boottime_ns})
+            return new_state
+        outcome, report, drop_reports = last, None, not CAUSE_RULES[last.cause].is_reported
+        values["new_state"] = new_state = next_task_state(state, final_event(last.cause))
+        values |= {key: attempt[key] for key in ("retries_used", "free_retries_used")}
     _end(db, values, outcome, ended_at_ms, is_synced=report is None)
     if drop_reports:
-        db.execute(SQL["drop_reports"], {"attempt_id": attempt_id})
+        outbox.drop_reports(db, attempt_id)
     if report is not None:
         add_report(db, attempt_id, "complete", report, ended_at_ms, boot_id)
     return new_state
+
+
+def _may_not_go_on(db: sqlite3.Connection, run: sqlite3.Row, attempt: sqlite3.Row) -> Outcome | None:
+    """How the task ends although its run's end allows another one; decided here, because only here no race is left.
+
+    The completion of a claimed task is for the executor to word: it ends that one as a waiting task.
+    """
+    if one(db, "has_newer_attempt", {"task_id": attempt["task_id"], "seq": attempt["seq"]}) is not None:
+        return _SUPERSEDED
+    if run["stop_cause"] is None:
+        return None
+    cause = Cause(run["stop_cause"])
+    rule = CAUSE_RULES[cause]
+    if rule.retry is not Retry.NEVER or (rule.is_reported and attempt["origin"] != "local"):
+        return None
+    return Outcome(
+        cause, wire_exit_code(cause, None, None), None, f"the task was to be stopped ({cause}) when its run ended"
+    )
 
 
 def _end(
@@ -276,8 +330,8 @@ def end_waiting(
 
     `report` is (kind, body, boot id) or None. Raises LostRace when it has a process or has ended.
     """
-    row = one(db, "attempt", {"attempt_id": attempt_id})
-    if row is None or TaskState(row["state"]).is_final or row["state"] in {TaskState.RUNNING, TaskState.SUSPENDED}:
+    row = one(db, "attempt_state", {"attempt_id": attempt_id})
+    if row is None or TaskState(row["state"]).is_final or row["state"] in _LIVE:
         raise LostRace(f"attempt {attempt_id} does not wait")
     state = TaskState(row["state"])
     values = {
@@ -289,7 +343,7 @@ def end_waiting(
         "free_retries_used": row["free_retries_used"],
     }
     if cause is Cause.SUPERSEDED:
-        db.execute(SQL["drop_reports"], {"attempt_id": attempt_id})
+        outbox.drop_reports(db, attempt_id)
     _end(db, values, Outcome(cause, exit_code, None, error), now_ms, is_synced=report is None)
     if report is not None:
         kind, body, boot_id = report
@@ -310,12 +364,14 @@ def set_progress(
     now_ms: int,
     report: tuple[Body, str] | None,
 ) -> None:
-    """Store the latest progress of a running attempt and replace its waiting progress report; ignored after the end."""
-    values = {"attempt_id": attempt_id, "percent": percent, "message": message}
-    if db.execute(SQL["set_progress"], values).rowcount == 1 and report is not None:
+    """Store the latest progress of a running attempt and replace its waiting progress report.
+
+    Ignored after the end, and where nothing has changed.
+    """
+    row = one(db, "set_progress", {"attempt_id": attempt_id, "percent": percent, "message": message})
+    if row is not None and report is not None:
         body, boot_id = report
-        db.execute(SQL["drop_waiting_progress"], {"attempt_id": attempt_id})
-        add_report(db, attempt_id, "progress", body, now_ms, boot_id)
+        replace_progress(db, attempt_id, TaskId(row["task_id"]), body, now_ms, boot_id)
 
 
 # --- the database as a whole ---

@@ -2,36 +2,64 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import re
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from remotegpu_queue.queries import SQL
 from remotegpu_queue.rows import Attempt, Run, attempt_of, one, run_of
-from remotegpu_queue.scheduling import Waiting
+from remotegpu_queue.scheduling import Capacity, Waiting
+from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId, RunNo
 from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.states import TaskState
 from remotegpu_schemas.task import Resources, TaskId
 
+_FAR_NS: Final = 2**63 - 1
+_ID: Final = re.compile(limits.ID_PATTERN)
 
-def waiting(db: sqlite3.Connection, limit: int) -> list[Waiting]:
-    """The first waiting attempts by priority and age."""
+
+def waiting(
+    db: sqlite3.Connection, limit: int, *, now_ns: int | None = None, total: Capacity | None = None
+) -> list[Waiting]:
+    """The first waiting attempts by priority and age.
+
+    With `now_ns` only those whose delay is over, with `total` only those that this host could ever run: whatever the
+    limit, these block nobody.
+    """
+    values = {
+        "limit": limit,
+        "now_ns": _FAR_NS if now_ns is None else now_ns,
+        "gpus": math.inf if total is None else total.gpus,
+        "cpus": math.inf if total is None else total.cpus,
+        "memory_gb": math.inf if total is None else total.memory_mb / 1024,
+    }
     return [
         Waiting(
             attempt_id=AttemptId(row["attempt_id"]),
             task_id=TaskId(row["task_id"]),
             priority=row["priority"],
             seq=row["seq"],
-            resources=_resources(row["resources"]),
+            resources=_resources(row["gpus"], row["cpus"], row["memory_gb"]),
             ready_boottime_ns=row["ready_boottime_ns"],
         )
-        for row in db.execute(SQL["waiting"], {"limit": limit})
+        for row in db.execute(SQL["waiting"], values)
     ]
 
 
-def _resources(text: str | None) -> Resources:
-    return Resources.model_validate_json(text) if text else Resources()
+def next_ready_boottime_ns(db: sqlite3.Connection, now_ns: int) -> int | None:
+    """When the next delay of a waiting attempt ends, or None."""
+    ready_ns: int | None = one(db, "next_ready", {"now_ns": now_ns})[0]
+    return ready_ns
+
+
+@functools.lru_cache(maxsize=1024)
+def _resources(gpus: int, cpus: float, memory_gb: float) -> Resources:
+    return Resources(gpus=gpus, cpus=cpus, memory_gb=memory_gb)
 
 
 def attempt(db: sqlite3.Connection, attempt_id: AttemptId) -> Attempt | None:
@@ -67,14 +95,16 @@ def find_task(db: sqlite3.Connection, prefix: str) -> tuple[Attempt, list[Run]]:
 
     Raises Refused: TASK_NOT_FOUND, INVALID_PARAMETERS (the prefix is not unique).
     """
+    if not _ID.fullmatch(prefix):
+        raise Refused(Code.TASK_NOT_FOUND, f"there is no task {prefix!r}")
     row = one(db, "latest_attempt", {"task_id": prefix})
     if row is None:
         found = db.execute(SQL["tasks_by_prefix"], {"prefix": prefix, "prefix_end": prefix + "\U0010ffff"}).fetchall()
-        if not prefix or not found:
+        if not found:
             raise Refused(Code.TASK_NOT_FOUND, f"there is no task {prefix!r}")
         if len(found) > 1:
-            names = ", ".join(item["task_id"] for item in found[:2])
-            raise Refused(Code.INVALID_PARAMETERS, f"{prefix!r} fits several tasks ({names}, ...); give more of the id")
+            names = ", ".join([item["task_id"] for item in found[:2]] + ["..."] * (len(found) > 2))
+            raise Refused(Code.INVALID_PARAMETERS, f"{prefix!r} fits several tasks ({names}); give more of the id")
         row = one(db, "latest_attempt", {"task_id": found[0]["task_id"]})
     runs = [run_of(item) for item in db.execute(SQL["runs_of_task"], {"task_id": row["task_id"]})]
     return attempt_of(row), runs
@@ -84,13 +114,13 @@ def list_attempts(
     db: sqlite3.Connection, states: Sequence[TaskState], labels: Mapping[str, str], limit: int, offset: int
 ) -> tuple[list[tuple[Attempt, Run | None]], int]:
     """One page of tasks (their latest attempts) with the last run, newest first, and how many match in all."""
-    where = ["seq = (SELECT max(l.seq) FROM attempts l WHERE l.task_id = attempts.task_id)"]
+    where = ["is_latest = 1"]
     values: list[str] = []
     if states:
         where.append(f"state IN ({', '.join('?' * len(states))})")
         values += [str(state) for state in states]
     for key, value in labels.items():
-        where.append("EXISTS (SELECT 1 FROM json_each(task, '$.labels') l WHERE l.key = ? AND l.value = ?)")
+        where.append("seq IN (SELECT l.seq FROM labels l WHERE l.key = ? AND l.value = ?)")
         values += [key, value]
     condition = " AND ".join(where)
     total: int = db.execute(f"SELECT count(*) FROM attempts WHERE {condition}", values).fetchone()[0]

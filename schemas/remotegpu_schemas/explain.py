@@ -143,11 +143,11 @@ def _predicate(detail: Mapping[str, Any]) -> str:
             near = did_you_mean(value, choices) if isinstance(value, str) else ""
             return f"must be {_one_of(choices)}, not {shown(value)}{near}"
         case "greater_than_equal":
-            return f"must be at least {context['ge']:g}, not {number(value)}"
+            return f"must be at least {_bound(context['ge'])}, not {number(value)}"
         case "greater_than":
-            return f"must be more than {context['gt']:g}, not {number(value)}"
+            return f"must be more than {_bound(context['gt'])}, not {number(value)}"
         case "less_than_equal":
-            return f"must be at most {context['le']:g}, not {number(value)}"
+            return f"must be at most {_bound(context['le'])}, not {number(value)}"
         case "string_too_long":
             return f"is longer than {context['max_length']} characters"
         case "too_long":
@@ -158,6 +158,10 @@ def _predicate(detail: Mapping[str, Any]) -> str:
             return str(context["error"])
         case _:
             return f"is not valid: {detail['msg']}"
+
+
+def _bound(value: float) -> str:
+    return number(int(value) if value == int(value) else value)
 
 
 def _text_mend(value: object) -> str:

@@ -22,6 +22,8 @@ RETRIES_MAX = 1000
 
 # Task files: a person writes them. A megabyte holds about 20,000 lines.
 TASK_FILE_MAX_BYTES = MIB
+# Reading a document costs a third of a millisecond, and the daemon reads files between its other duties.
+TASK_FILE_MAX_DOCUMENTS = 1000
 YAML_MAX_DEPTH = 32
 YAML_MAX_NODES = 100_000
 YAML_MAX_ALIASES = 64

@@ -140,8 +140,8 @@ def shown(value: object) -> str:
 
 
 def number(value: object) -> str:
-    """A number as people write it, cut to what a message can show."""
-    return f"{value:g}" if isinstance(value, float) else str(value)[:_SHOWN_MAX_CHARS]
+    """A number without loss (1.0 is not 1 where a whole number is asked for), cut to what a message can show."""
+    return str(value)[:_SHOWN_MAX_CHARS]
 
 
 def dotted(path: Path) -> str:
@@ -159,8 +159,9 @@ def dotted(path: Path) -> str:
 
 
 def quoted(text: str) -> str:
-    """The text in quotes, cut to what a message can show."""
-    return repr(text if len(text) <= _SHOWN_MAX_CHARS else text[:_SHOWN_MAX_CHARS] + "…")
+    """The text in quotes, cut to what a message can show, and without secrets that their names give away."""
+    masked = _SECRET.sub(_mask, text[:_MASK_BEFORE_CHARS])
+    return repr(masked if len(masked) <= _SHOWN_MAX_CHARS else masked[:_SHOWN_MAX_CHARS] + "…")
 
 
 def _mask(match: re.Match[str]) -> str:

@@ -121,6 +121,10 @@ def load_task_file(
     if not documents:
         empty = Problem(name, 0, 0, 0, "has no document; the smallest is: task: {command: nvidia-smi}")
         raise InvalidFile([empty], CONSEQUENCE)
+    if len(documents) > limits.TASK_FILE_MAX_DOCUMENTS:
+        one_more = documents[limits.TASK_FILE_MAX_DOCUMENTS]
+        message = f"more than {limits.TASK_FILE_MAX_DOCUMENTS} documents in one file; split it"
+        raise InvalidFile([one_more.problem_at(one_more.key_mark(()), message)], CONSEQUENCE)
     problems: list[Problem] = []
     submissions: list[Submission] = []
     for document in documents:

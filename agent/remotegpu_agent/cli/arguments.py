@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -56,7 +57,9 @@ class Argument:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of leaving: what to print and how to end is for `main`."""
-        raise usage_error(self.prog, message.removeprefix("argument "))
+        # "--run/--attempt: ..." names the option and its other spellings; the first is enough.
+        message = re.sub(r"^argument ([^:\s/]+)(/[^:\s]+)?:", r"\1:", message)
+        raise usage_error(self.prog, message)
 
 
 def usage_error(prog: str, message: str) -> Stop:
@@ -117,7 +120,7 @@ def _add_option(parser: argparse.ArgumentParser, dest: str, inner: Any, default:
 def _add_argument(parser: argparse.ArgumentParser, dest: str, inner: Any, default: Any, spec: Argument) -> None:
     kind, is_list = _kind(inner)
     nargs = None if not is_list else "+" if default is inspect.Parameter.empty else "*"
-    parser.add_argument(dest, type=kind, nargs=nargs, metavar=spec.metavar, help=spec.text)
+    parser.add_argument(dest, type=kind, nargs=nargs, metavar=spec.metavar.removesuffix("..."), help=spec.text)
 
 
 def _kind(inner: Any) -> tuple[type, bool]:

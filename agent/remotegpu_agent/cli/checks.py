@@ -131,7 +131,7 @@ def _config(options: Globals) -> Iterator[Check | Config]:
     except Misconfigured as error:
         yield Check("config", Level.PROBLEM, str(error), "mend it; `remotegpu-agent config check` shows this again")
         return
-    if not path.exists():
+    if not os.path.exists(path):
         yield Check("config", Level.OK, f"{path} does not exist: defaults, a stand-alone agent")
     else:
         yield Check("config", Level.OK, str(path))
@@ -162,7 +162,7 @@ def _agent(options: Globals) -> Iterator[Check]:
 
 def _state_dir(config: Config) -> Iterator[Check]:
     path = config.agent.state_dir
-    if not path.is_dir():
+    if not os.path.isdir(path):
         yield Check("state directory", Level.OK, f"{path} does not exist yet; the agent makes it")
         return
     space = os.statvfs(path)
@@ -223,8 +223,8 @@ def _control_plane(config: Config, options: Globals) -> Iterator[Check]:
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     try:
         addresses = sorted({str(item[4][0]) for item in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host name that cannot be one
+        reason = getattr(error, "strerror", None) or error
         yield Check(subject, Level.PROBLEM, f"{host} has no address: {reason}", "check control_plane.url and the DNS")
         return
     try:
@@ -268,7 +268,9 @@ def _http_check(config: Config, options: Globals, parts: urllib.parse.SplitResul
         return
     except (OSError, http.client.HTTPException) as error:
         yield Check(
-            subject, Level.PROBLEM, f"{plane.url} does not speak HTTP as it should: {error or type(error).__name__}"
+            subject,
+            Level.PROBLEM,
+            f"{plane.url} does not speak HTTP as it should: {str(error) or type(error).__name__}",
         )
         return
     code = _envelope_code(answer)

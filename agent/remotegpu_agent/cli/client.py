@@ -159,6 +159,8 @@ def _readable_errors(endpoint: Endpoint) -> Generator[None]:
 
 def _data_of(response: http.client.HTTPResponse, endpoint: Endpoint) -> Json:
     body = response.read(_ANSWER_MAX_BYTES + 1)
+    if response.length and len(body) <= _ANSWER_MAX_BYTES:  # `read` of so many bytes does not mind that fewer come
+        raise http.client.IncompleteRead(body, response.length)
     if len(body) > _ANSWER_MAX_BYTES:
         raise Stop(Exit.FAILED, f"the answer of {endpoint.name} is larger than {_ANSWER_MAX_BYTES} bytes")
     envelope = _json_object(body)
@@ -231,5 +233,7 @@ def _reason(error: Exception) -> str:
             return "no connection in time"
         case OSError():
             return error.strerror or str(error) or type(error).__name__
+        case http.client.IncompleteRead():
+            return "the answer broke off"
         case _:
-            return str(error) or type(error).__name__
+            return " ".join(repr(str(error)).split())[:100] if str(error) else type(error).__name__

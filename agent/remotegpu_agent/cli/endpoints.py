@@ -91,7 +91,7 @@ def _of_config(config: Path, token_file: Path | None, environ: Mapping[str, str]
         socket = _get(api, "socket", DEFAULT_SOCKET)
         if socket is not None:
             found.append(Endpoint("api.socket", socket=str(socket)))
-    url = written.get("url") or _url_of(_get(api, "listen", "127.0.0.1:8090"))
+    url = written.get("url") if written else _url_of(_get(api, "listen", "127.0.0.1:8090"))
     token = _config_token(token_file, _get(api, "tokens_file") or state_dir / "api-token")
     if url and (token is not None or not found):
         found.append(Endpoint("endpoints.json" if written else "api.listen", url=str(url), token=token))

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from remotegpu_agent.cli.client import Client, Json, task_path
 from remotegpu_agent.cli.context import say
-from remotegpu_agent.cli.exits import INVALID_PARAMETERS, UNAVAILABLE, Exit, RefusedByAgent, Stop, Unreachable
+from remotegpu_agent.cli.exits import INVALID_PARAMETERS, UNAVAILABLE, Exit, RefusedByAgent, Unreachable
 
 FINAL_STATES: Final = frozenset({"completed", "failed", "cancelled"})
 _LONG_POLL_S: Final = 60.0
@@ -109,7 +109,7 @@ def follow(client: Client, task_id: str, streams: Sequence[str], write: Callable
             for text in _texts(client, path, stream, patience):
                 pieces.put((stream, text))
             pieces.put(None)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits for it
             pieces.put(error)
 
     for stream in streams:
@@ -221,10 +221,3 @@ def write_output(stream: str, text: str) -> None:
     target = sys.stderr if stream == "stderr" else sys.stdout
     target.write(text)
     target.flush()
-
-
-def one_of_a_kind(task_ids: Sequence[str]) -> str:
-    """The only id. Raises Stop when there are several: their outputs would mix."""
-    if len(task_ids) != 1:
-        raise Stop(Exit.USAGE, "--follow is for one task; use `remotegpu-agent logs -f ID` for each of several")
-    return task_ids[0]

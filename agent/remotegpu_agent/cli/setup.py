@@ -39,7 +39,8 @@ class Answers:
 def setup(
     options: Globals,
     url: Annotated[
-        str | None, Option("--url", metavar="URL", text='The control plane, such as https://plane.example; "" for none.')
+        str | None,
+        Option("--url", metavar="URL", text='The control plane, such as https://plane.example; "" for none.'),
     ] = None,
     machine_id: Annotated[
         str | None, Option("--machine-id", metavar="ID", text="The id under which this machine is enrolled there.")
@@ -139,9 +140,7 @@ def _check_draft(given: Answers, path: Path, text: str) -> None:
         raise Stop(Exit.USAGE, f"the token {given.token_file or ''} {error}; nothing was written") from None
     except OSError as error:
         reason = error.strerror or error
-        raise Stop(
-            Exit.USAGE, f"--token-file: cannot read {given.token_file}: {reason}; nothing was written"
-        ) from None
+        raise Stop(Exit.USAGE, f"--token-file: cannot read {given.token_file}: {reason}; nothing was written") from None
 
 
 def _write(path: Path, text: str, token: str | None) -> list[Path]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from remotegpu_agent.cli.arguments import Argument, Option
@@ -19,6 +20,15 @@ _YAML = "application/yaml"
 _JSON = "application/json"
 _REPORT_LINE = re.compile(r"^body:\d+:\d+: (.*)$", re.MULTILINE)
 _BODY = re.compile(r"^body(?=:)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Body:
+    """What is sent at once: a file under its name, or a command without one; `count` is its tasks."""
+
+    name: str | None
+    content: bytes
+    count: int = 1
 
 
 def submit(
@@ -63,13 +73,13 @@ def _bodies(
     env: Sequence[str],
     timeout: str | None,
     workdir: str | None,
-) -> list[tuple[str | None, bytes]]:
-    """Name and content of each request; the name is None for a command."""
+) -> list[Body]:
+    """What is to be sent, all of it checked."""
     command = options.command
     if command is not None and files:
         raise Stop(Exit.USAGE, "give task files, or a command behind --, not both")
     if command is not None:
-        return [(None, _command_body(command, priority, gpus, name, env, timeout, workdir))]
+        return [Body(None, _command_body(command, priority, gpus, name, env, timeout, workdir))]
     if not files:
         raise Stop(
             Exit.USAGE,
@@ -114,37 +124,38 @@ def _variable(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _file_bodies(files: Sequence[str], priority: int | None) -> list[tuple[str | None, bytes]]:
+def _file_bodies(files: Sequence[str], priority: int | None) -> list[Body]:
     """The files, all of them checked. Raises Stop with the report on every file that cannot be used."""
     from remotegpu_agent.cli.files import read_task_file
     from remotegpu_schemas.problems import InvalidFile, Problem, render_report
     from remotegpu_schemas.taskfile import CONSEQUENCE, load_task_file, override_tasks
 
-    bodies: list[tuple[str | None, bytes]] = []
+    bodies: list[Body] = []
     problems: list[Problem] = []
     for file in files:
         name, text = read_task_file(file)
         try:
-            load_task_file(text, name)
+            count = len(load_task_file(text, name))
         except InvalidFile as error:
             problems += error.problems
         else:
-            bodies.append((name, text if priority is None else override_tasks(text, name, {"priority": priority})))
+            content = text if priority is None else override_tasks(text, name, {"priority": priority})
+            bodies.append(Body(name, content, count))
     if problems:
         raise Stop(Exit.USAGE, render_report(problems, CONSEQUENCE))
     return bodies
 
 
-def _show_dry_run(options: Globals, bodies: Sequence[tuple[str | None, bytes]]) -> None:
+def _show_dry_run(options: Globals, bodies: Sequence[Body]) -> None:
     from remotegpu_agent.cli.output import print_json
     from remotegpu_schemas.problems import InvalidFile
     from remotegpu_schemas.task import TaskId
     from remotegpu_schemas.taskfile import load_task_file
 
     tasks = []
-    for name, body in bodies:
+    for body in bodies:
         try:
-            submissions = load_task_file(body, name or "body")
+            submissions = load_task_file(body.content, body.name or "body")
         except InvalidFile as error:
             raise Stop(Exit.USAGE, _messages(str(error))) from None
         for item in submissions:
@@ -158,16 +169,18 @@ def _show_dry_run(options: Globals, bodies: Sequence[tuple[str | None, bytes]]) 
     say(f"{len(tasks)} task{'' if len(tasks) == 1 else 's'} would be submitted; this was a dry run.")
 
 
-def _submit(options: Globals, bodies: Sequence[tuple[str | None, bytes]], *, waits: bool, follows: bool) -> int:
+def _submit(options: Globals, bodies: Sequence[Body], *, waits: bool, follows: bool) -> int:
     from remotegpu_agent.cli import following, output
 
     if follows and options.is_json:
         raise Stop(Exit.USAGE, "--json is one document, and --follow shows the task's own output; use one of them")
+    if follows and sum(body.count for body in bodies) != 1:
+        raise Stop(Exit.USAGE, "--follow is for one task; submit them, and follow each by `remotegpu-agent logs -f ID`")
     client = options.client()
     task_ids: list[str] = []
-    for name, body in bodies:
+    for body in bodies:
         try:
-            new_ids = _post(client, name, body)
+            new_ids = _post(client, body.name, body.content)
         except Stop:
             if task_ids:
                 say(f"submitted before that: {' '.join(task_ids)}")
@@ -183,7 +196,7 @@ def _submit(options: Globals, bodies: Sequence[tuple[str | None, bytes]], *, wai
         return Exit.DONE
     try:
         if follows:
-            following.follow(client, following.one_of_a_kind(task_ids), ("stdout", "stderr"), following.write_output)
+            following.follow(client, task_ids[0], ("stdout", "stderr"), following.write_output)
         details = [following.wait_for(client, {"id": task_id}) for task_id in task_ids]
     except KeyboardInterrupt:
         say(f"interrupted; the task goes on: remotegpu-agent wait {' '.join(task_ids)}")

@@ -28,7 +28,7 @@ def list_tasks(
     from remotegpu_agent.cli import output
 
     query: list[tuple[str, object]] = [("state", checked_state(state)) for state in states or []]
-    query += [("label", label) for label in labels or []]
+    query += [("label", checked_label(label)) for label in labels or []]
     query += [("limit", limit), ("offset", offset)]
     page = options.client().get("/tasks", query)
     if options.is_json:
@@ -60,6 +60,14 @@ def checked_state(text: str) -> str:
         hint = f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(STATES)}."
         raise Stop(Exit.USAGE, f"--state: there is no state {text[:40]!r}.{hint}")
     return state
+
+
+def checked_label(text: str) -> str:
+    """A label to look for. Raises a usage error."""
+    name, has_value, _ = text.partition("=")
+    if not name or not has_value:
+        raise Stop(Exit.USAGE, f"--label: {text[:40]!r} is not NAME=VALUE (see `remotegpu-agent list --help`)")
+    return text
 
 
 def _row(task: dict[str, Any]) -> tuple[str, ...]:

@@ -66,9 +66,7 @@ _RENEW_TASK: Final = (
     .values(lease_expires_ms=bindparam("b_expires"))
 )
 _COUNT_RENEWAL: Final = (
-    update(attempts)
-    .where(attempts.c.attempt_id == bindparam("b_attempt"))
-    .values(renewals=attempts.c.renewals + 1)
+    update(attempts).where(attempts.c.attempt_id == bindparam("b_attempt")).values(renewals=attempts.c.renewals + 1)
 )
 _PROGRESS: Final = (
     update(tasks)
@@ -96,9 +94,7 @@ _COMPLETE_ATTEMPT: Final = (
     )
 )
 _COUNT_REPEAT: Final = (
-    update(tasks)
-    .where(tasks.c.id == bindparam("b_id"))
-    .values(completions_repeated=tasks.c.completions_repeated + 1)
+    update(tasks).where(tasks.c.id == bindparam("b_id")).values(completions_repeated=tasks.c.completions_repeated + 1)
 )
 _GIVE_UP: Final = (
     update(attempts)

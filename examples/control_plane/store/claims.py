@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, bindparam, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, bindparam, func, insert, select, update
 
 from control_plane.store.outcomes import add_event, event_row
 from control_plane.store.tables import ANY_MACHINE, AttemptState, EventKind, Status, attempts, events, tasks
@@ -20,7 +20,6 @@ class ClaimOrder:
     agent_id: str
     request_id: str
     limit: int
-    default_ttl_ms: int
     is_idempotent: bool = True
     repeats_held: bool = False
 
@@ -86,36 +85,47 @@ _WAS_ANSWERED: Final = (
 )
 
 
-def claim(db: Connection, order: ClaimOrder, now_ms: int, new_id: Callable[[], str]) -> list[ClaimedTask]:
-    """The tasks that the agent gets, under new leases.
+def claim(
+    db: Connection, order: ClaimOrder, now_ms: int, default_ttl_ms: int, new_id: Callable[[], str]
+) -> list[ClaimedTask]:
+    """The tasks that the agent gets, under new leases of `default_ttl_ms` unless they name their own.
 
     A repeated request gets what it got the first time, without the attempts that are over by now and without new ones.
     """
     if order.is_idempotent:
         names = {"b_agent": order.agent_id, "b_request": order.request_id}
         if db.execute(_WAS_ANSWERED, names).scalar() is not None:
-            return [_held(row) for row in db.execute(_BY_REQUEST, names) if _is_live(row, now_ms)]
+            return [_held(row) for row in db.execute(_BY_REQUEST, names).mappings() if _is_live(row, now_ms)]
     held: list[ClaimedTask] = []
     if order.repeats_held:
-        held = [_held(row) for row in db.execute(_BY_AGENT, {"b_agent": order.agent_id}) if _is_live(row, now_ms)]
-    return held + _assign(db, order, now_ms, new_id)
+        held = [
+            _held(row) for row in db.execute(_BY_AGENT, {"b_agent": order.agent_id}).mappings() if _is_live(row, now_ms)
+        ]
+    return held + _assign(db, order, now_ms, default_ttl_ms, new_id)
 
 
-def _assign(db: Connection, order: ClaimOrder, now_ms: int, new_id: Callable[[], str]) -> list[ClaimedTask]:
+def _assign(
+    db: Connection, order: ClaimOrder, now_ms: int, default_ttl_ms: int, new_id: Callable[[], str]
+) -> list[ClaimedTask]:
     rows = [
         row
         for machine_id in (order.machine_id, ANY_MACHINE)
-        for row in db.execute(_PICK, {"b_machine": machine_id, "b_limit": order.limit})
+        for row in db.execute(_PICK, {"b_machine": machine_id, "b_limit": order.limit}).mappings()
     ]
-    rows.sort(key=lambda row: (row.priority, row.seq))
+    rows.sort(key=lambda row: (row["priority"], row["seq"]))
     del rows[order.limit :]
     if not rows:
         return []
-    claimed = [_claimed(row, order, now_ms, new_id()) for row in rows]
+    claimed = [_claimed(row, order, now_ms, default_ttl_ms, new_id()) for row in rows]
     db.execute(
         _ASSIGN,
         [
-            {"b_seq": row.seq, "b_attempt": task.attempt_id, "b_agent": task.agent_id, "b_expires": task.lease_expires_ms}
+            {
+                "b_seq": row["seq"],
+                "b_attempt": task.attempt_id,
+                "b_agent": task.agent_id,
+                "b_expires": task.lease_expires_ms,
+            }
             for row, task in zip(rows, claimed, strict=True)
         ],
     )
@@ -125,7 +135,7 @@ def _assign(db: Connection, order: ClaimOrder, now_ms: int, new_id: Callable[[],
             {
                 "attempt_id": task.attempt_id,
                 "task_id": task.id,
-                "attempt_no": row.attempts + 1,
+                "attempt_no": row["attempts"] + 1,
                 "machine_id": order.machine_id,
                 "agent_id": order.agent_id,
                 "request_id": order.request_id,
@@ -137,19 +147,20 @@ def _assign(db: Connection, order: ClaimOrder, now_ms: int, new_id: Callable[[],
         ],
     )
     db.execute(
-        insert(events), [event_row(task.id, now_ms, EventKind.CLAIMED, task.attempt_id, order.agent_id) for task in claimed]
+        insert(events),
+        [event_row(task.id, now_ms, EventKind.CLAIMED, task.attempt_id, order.agent_id) for task in claimed],
     )
     return claimed
 
 
-def _claimed(row: Row[Any], order: ClaimOrder, now_ms: int, attempt_id: str) -> ClaimedTask:
-    own_ttl_s = row.spec.get("lease_ttl_sec")
-    ttl_ms = int(own_ttl_s * 1000) if isinstance(own_ttl_s, int | float) and own_ttl_s > 0 else order.default_ttl_ms
+def _claimed(row: RowMapping, order: ClaimOrder, now_ms: int, default_ttl_ms: int, attempt_id: str) -> ClaimedTask:
+    own_ttl_s = row["spec"].get("lease_ttl_sec")
+    ttl_ms = int(own_ttl_s * 1000) if isinstance(own_ttl_s, int | float) and own_ttl_s > 0 else default_ttl_ms
     return ClaimedTask(
-        id=row.id,
-        spec=row.spec,
+        id=row["id"],
+        spec=row["spec"],
         machine_id=order.machine_id,
-        created_at_ms=row.created_at_ms,
+        created_at_ms=row["created_at_ms"],
         attempt_id=attempt_id,
         agent_id=order.agent_id,
         claimed_at_ms=now_ms,
@@ -158,12 +169,12 @@ def _claimed(row: Row[Any], order: ClaimOrder, now_ms: int, attempt_id: str) -> 
     )
 
 
-def _held(row: Row[Any]) -> ClaimedTask:
-    return ClaimedTask(**row._mapping)
+def _held(row: RowMapping) -> ClaimedTask:
+    return ClaimedTask(**row)
 
 
-def _is_live(row: Row[Any], now_ms: int) -> bool:
-    return row.lease_expires_ms is not None and row.lease_expires_ms > now_ms
+def _is_live(row: RowMapping, now_ms: int) -> bool:
+    return row["lease_expires_ms"] is not None and row["lease_expires_ms"] > now_ms
 
 
 # --- lapses --------------------------------------------------------------------------------------------------------
@@ -194,9 +205,7 @@ _END_LEASE: Final = (
     )
 )
 _HOLD_LONGER: Final = (
-    update(tasks)
-    .where(tasks.c.lease_expires_ms < bindparam("b_until"))
-    .values(lease_expires_ms=bindparam("b_until"))
+    update(tasks).where(tasks.c.lease_expires_ms < bindparam("b_until")).values(lease_expires_ms=bindparam("b_until"))
 )
 _REAP_MAX: Final = 500
 

@@ -120,7 +120,9 @@ async def open_database(path: Path) -> Database:
 
 def _connect(path: Path) -> tuple[Engine, Connection]:
     engine = create_engine(
-        URL.create("sqlite", database=str(path)), poolclass=StaticPool, connect_args={"timeout": _BUSY_TIMEOUT_MS / 1000}
+        URL.create("sqlite", database=str(path)),
+        poolclass=StaticPool,
+        connect_args={"timeout": _BUSY_TIMEOUT_MS / 1000},
     )
     event.listen(engine, "connect", _configure)
     event.listen(engine, "begin", _begin)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, bindparam, select
+from sqlalchemy import Connection, bindparam, select
 
 from control_plane.store.outcomes import Refusal
 from control_plane.store.tables import AttemptState, Status, attempts, tasks
@@ -63,10 +63,11 @@ _STATUS: Final = select(tasks.c.status).where(tasks.c.id == bindparam("b_id"))
 
 def look_up(db: Connection, call: Call) -> Held | Refusal:
     """The attempt that is spoken of, whoever holds the task now; a refusal if it never was this agent's."""
-    row = db.execute(_LOOK_UP, {"b_id": call.task_id, "b_attempt": call.attempt_id}).one_or_none()
+    row = db.execute(_LOOK_UP, {"b_id": call.task_id, "b_attempt": call.attempt_id}).mappings().one_or_none()
     if row is None:
         return _unknown(db, call)
-    held = _held(row)
+    values: dict[str, Any] = {**row, "status": Status(row["status"]), "state": AttemptState(row["state"])}
+    held = Held(**values)
     if held.agent_id != call.agent_id or held.machine_id != call.machine_id:
         return Refusal(
             Code.ATTEMPT_MISMATCH, f"attempt {call.attempt_id} of task {call.task_id} was not given to this agent"
@@ -81,9 +82,7 @@ def fence(call: Call, held: Held, now_ms: int) -> Refusal | None:
     if held.status.is_final:
         return Refusal(Code.TASK_FINISHED, f"task {call.task_id} has ended: {held.status}")
     if not held.state.is_open or held.lease_expires_ms is None or held.lease_expires_ms <= now_ms:
-        return Refusal(
-            Code.LEASE_EXPIRED, f"the lease of attempt {call.attempt_id} of task {call.task_id} has ended"
-        )
+        return Refusal(Code.LEASE_EXPIRED, f"the lease of attempt {call.attempt_id} of task {call.task_id} has ended")
     return None
 
 
@@ -101,19 +100,3 @@ def _unknown(db: Connection, call: Call) -> Refusal:
     if status is None:
         return Refusal(Code.TASK_NOT_FOUND, f"there is no task {call.task_id}")
     return superseded(call, Status(status))
-
-
-def _held(row: Row[Any]) -> Held:
-    return Held(
-        status=Status(row.status),
-        current_attempt_id=row.current_attempt_id,
-        lease_expires_ms=row.lease_expires_ms,
-        cancel_requested=row.cancel_requested,
-        task_ended_at_ms=row.task_ended_at_ms,
-        state=AttemptState(row.state),
-        agent_id=row.agent_id,
-        machine_id=row.machine_id,
-        started_at_ms=row.started_at_ms,
-        run_no=row.run_no,
-        ended_at_ms=row.ended_at_ms,
-    )

@@ -9,7 +9,6 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, update
 from control_plane.store.tables import Status, agents, machines, tasks
 
 _MACHINE_OF_TOKEN: Final = select(machines.c.machine_id).where(machines.c.token_sha256 == bindparam("b_digest"))
-_IS_ENROLLED: Final = select(machines.c.machine_id).where(machines.c.machine_id == bindparam("b_machine"))
 _HEARTBEAT: Final = (
     update(agents)
     .where(agents.c.agent_id == bindparam("b_agent"), agents.c.machine_id == bindparam("b_machine"))
@@ -35,11 +34,6 @@ def machine_of_token(db: Connection, token_sha256: str) -> str | None:
     return db.execute(_MACHINE_OF_TOKEN, {"b_digest": token_sha256}).scalar()
 
 
-def is_enrolled(db: Connection, machine_id: str) -> bool:
-    """Whether the plane knows the machine."""
-    return db.execute(_IS_ENROLLED, {"b_machine": machine_id}).scalar() is not None
-
-
 def register(db: Connection, agent_id: str, machine_id: str, registration: dict[str, Any], now_ms: int) -> None:
     """Keep what the agent says about its host; the last registration counts."""
     db.execute(delete(agents).where(agents.c.agent_id == agent_id))
@@ -63,11 +57,11 @@ def heartbeat(
 def list_machines(db: Connection) -> list[dict[str, Any]]:
     """Every machine with its agents, without tokens."""
     found: dict[str, dict[str, Any]] = {
-        row.machine_id: {**row._mapping, "agents": []}
+        row["machine_id"]: {**row, "agents": []}
         for row in db.execute(
             select(machines.c.machine_id, machines.c.name, machines.c.created_at_ms).order_by(machines.c.machine_id)
-        )
+        ).mappings()
     }
-    for row in db.execute(select(agents).order_by(agents.c.agent_id)):
-        found[row.machine_id]["agents"].append(dict(row._mapping))
+    for row in db.execute(select(agents).order_by(agents.c.agent_id)).mappings():
+        found[row["machine_id"]]["agents"].append(dict(row))
     return list(found.values())

@@ -131,7 +131,7 @@ tasks = Table(
     Index("ix_tasks_lease", "lease_expires_ms"),
     Index("ix_tasks_held", "agent_id", "status"),
 )
-"""`attempt_id` and `agent_id` are those of the latest attempt; `lease_expires_ms` is set only while it holds a lease."""
+"""`attempt_id` and `agent_id` are the latest attempt's; `lease_expires_ms` is set only while it holds a lease."""
 
 attempts = Table(
     "attempts",

@@ -30,7 +30,9 @@ _OVERVIEW: Final = select(tasks, attempts.c.result).join_from(
 _BY_ID: Final = _OVERVIEW.where(tasks.c.id == bindparam("b_id"))
 _ATTEMPTS: Final = select(attempts).where(attempts.c.task_id == bindparam("b_id")).order_by(attempts.c.attempt_no)
 _EVENTS: Final = select(events).where(events.c.task_id == bindparam("b_id")).order_by(events.c.seq)
-_OPEN: Final = select(tasks.c.id).where(tasks.c.ended_at_ms.is_(None), tasks.c.id.in_(bindparam("b_ids", expanding=True)))
+_OPEN: Final = select(tasks.c.id).where(
+    tasks.c.ended_at_ms.is_(None), tasks.c.id.in_(bindparam("b_ids", expanding=True))
+)
 _CANCELLING: Final = (
     select(tasks.c.status, tasks.c.attempt_id, tasks.c.cancel_requested)
     .where(tasks.c.id == bindparam("b_id"))
@@ -93,14 +95,14 @@ def cancel(db: Connection, task_id: str, now_ms: int) -> Status | Refusal:
 
 def get(db: Connection, task_id: str) -> dict[str, Any] | None:
     """One task with its `attempts` and `events`."""
-    row = db.execute(_BY_ID, {"b_id": task_id}).one_or_none()
+    row = db.execute(_BY_ID, {"b_id": task_id}).mappings().one_or_none()
     if row is None:
         return None
     names = {"b_id": task_id}
     return {
-        **row._mapping,
-        "attempt_list": [dict(attempt._mapping) for attempt in db.execute(_ATTEMPTS, names)],
-        "events": [dict(event._mapping) for event in db.execute(_EVENTS, names)],
+        **row,
+        "attempt_list": [dict(attempt) for attempt in db.execute(_ATTEMPTS, names).mappings()],
+        "events": [dict(event) for event in db.execute(_EVENTS, names).mappings()],
     }
 
 
@@ -109,7 +111,7 @@ def list_tasks(db: Connection, status: Status | None, limit: int, offset: int) -
     wanted = [] if status is None else [tasks.c.status == status]
     total: int = db.execute(select(func.count()).select_from(tasks).where(*wanted)).scalar_one()
     page = _OVERVIEW.where(*wanted).order_by(tasks.c.seq).limit(limit).offset(offset)
-    return total, [dict(row._mapping) for row in db.execute(page)]
+    return total, [dict(row) for row in db.execute(page).mappings()]
 
 
 def count(db: Connection) -> dict[str, int]:

@@ -2,46 +2,67 @@
 
 -- name: add_attempt
 INSERT INTO attempts
-    (attempt_id, task_id, origin, state, priority, task, retries_used, lease_ttl_ns, lease_deadline_ns,
-     renew_interval_ns, boot_id, submitted_at_ms)
+    (attempt_id, task_id, origin, state, priority, gpus, cpus, memory_gb, task, retries_used, lease_ttl_ns,
+     lease_deadline_ns, renew_interval_ns, boot_id, submitted_at_ms)
 VALUES
-    (:attempt_id, :task_id, :origin, :state, :priority, :task, :retries_used, :lease_ttl_ns, :lease_deadline_ns,
-     :renew_interval_ns, :boot_id, :now_ms);
+    (:attempt_id, :task_id, :origin, :state, :priority, :gpus, :cpus, :memory_gb, :task, :retries_used, :lease_ttl_ns,
+     :lease_deadline_ns, :renew_interval_ns, :boot_id, :now_ms);
+
+-- name: add_label
+INSERT INTO labels (key, value, seq) VALUES (:key, :value, :seq);
+
+-- name: not_latest
+UPDATE attempts SET is_latest = 0 WHERE task_id = :task_id AND is_latest = 1;
 
 -- name: attempt
 SELECT * FROM attempts WHERE attempt_id = :attempt_id;
+
+-- name: attempt_state
+SELECT seq, task_id, origin, state, run_no, retries_used, free_retries_used
+FROM attempts WHERE attempt_id = :attempt_id;
 
 -- name: is_known_attempt
 SELECT 1 FROM attempts WHERE attempt_id = :attempt_id;
 
 -- name: open_attempts_of_task
-SELECT * FROM attempts
-WHERE task_id = :task_id AND state NOT IN ('completed', 'failed', 'cancelled');
+SELECT attempt_id, state FROM attempts
+WHERE task_id = :task_id AND state NOT IN ('completed', 'failed', 'cancelled') ORDER BY seq;
+
+-- name: has_newer_attempt
+SELECT 1 FROM attempts WHERE task_id = :task_id AND seq > :seq LIMIT 1;
 
 -- name: task_is_taken
 SELECT 1 FROM attempts WHERE task_id = :task_id LIMIT 1;
+
+-- name: span_of_attempts
+-- No more attempts than this exist; found without counting them.
+SELECT coalesce((SELECT max(seq) FROM attempts) - (SELECT min(seq) FROM attempts) + 1, 0);
 
 -- name: count_open
 SELECT count(*) FROM attempts WHERE state IN ('pending', 'assigned', 'running', 'suspended', 'preempted');
 
 -- name: waiting
-SELECT attempt_id, task_id, priority, seq, ready_boottime_ns,
-       json_extract(task, '$.resources') AS resources
-FROM attempts WHERE state IN ('pending', 'assigned')
+SELECT attempt_id, task_id, priority, seq, gpus, cpus, memory_gb, ready_boottime_ns
+FROM attempts INDEXED BY attempts_waiting
+WHERE state IN ('pending', 'assigned')
+  AND ready_boottime_ns <= :now_ns AND gpus <= :gpus AND cpus <= :cpus AND memory_gb <= :memory_gb
 ORDER BY priority, seq LIMIT :limit;
 
--- name: count_waiting
-SELECT count(*) FROM attempts WHERE state IN ('pending', 'assigned');
+-- name: next_ready
+SELECT min(ready_boottime_ns) FROM attempts INDEXED BY attempts_delayed
+WHERE ready_boottime_ns > 0 AND ready_boottime_ns > :now_ns AND state IN ('pending', 'assigned');
 
 -- name: open_attempts
 SELECT * FROM attempts
-WHERE state NOT IN ('completed', 'failed', 'cancelled') AND (origin = 'control_plane' OR state IN ('running', 'suspended'))
+WHERE state IN ('running', 'suspended')
+   OR (state IN ('pending', 'assigned', 'preempted') AND origin = 'control_plane')
 ORDER BY seq;
 
 -- name: start_attempt
 UPDATE attempts
 SET state = :new_state, run_no = :run_no, started_at_ms = coalesce(started_at_ms, :now_ms), ready_boottime_ns = 0
-WHERE attempt_id = :attempt_id AND state = :state AND run_no = :run_no - 1;
+WHERE attempt_id = :attempt_id AND state = :state AND run_no = :run_no - 1
+RETURNING *;
 
 -- name: add_run
 INSERT INTO runs (attempt_id, run_no, state, created_at_ms) VALUES (:attempt_id, :run_no, 'starting', :now_ms);
@@ -49,11 +70,11 @@ INSERT INTO runs (attempt_id, run_no, state, created_at_ms) VALUES (:attempt_id,
 -- name: run
 SELECT * FROM runs WHERE attempt_id = :attempt_id AND run_no = :run_no;
 
+-- name: run_state
+SELECT state, stop_cause, pid FROM runs WHERE attempt_id = :attempt_id AND run_no = :run_no;
+
 -- name: open_runs
 SELECT * FROM runs WHERE state <> 'ended';
-
--- name: runs_of_attempt
-SELECT * FROM runs WHERE attempt_id = :attempt_id ORDER BY run_no;
 
 -- name: runs_of_task
 SELECT r.* FROM runs r JOIN attempts a USING (attempt_id) WHERE a.task_id = :task_id ORDER BY a.seq, r.run_no;
@@ -81,7 +102,7 @@ WHERE attempt_id = :attempt_id AND run_no = :run_no AND state = :state;
 UPDATE attempts
 SET state = :new_state, cause = :cause, exit_code = :exit_code, signal = :signal, error = :error,
     ended_at_ms = :ended_at_ms, retries_used = :retries_used, free_retries_used = :free_retries_used,
-    is_synced = :is_synced
+    ready_boottime_ns = 0, is_synced = :is_synced
 WHERE attempt_id = :attempt_id AND state = :state AND run_no = :run_no;
 
 -- name: retry_attempt
@@ -97,34 +118,39 @@ WHERE attempt_id = :attempt_id AND lease_ttl_ns IS NOT NULL
 
 -- name: set_progress
 UPDATE attempts SET progress_percent = :percent, progress_message = :message
-WHERE attempt_id = :attempt_id AND state IN ('running', 'suspended');
+WHERE attempt_id = :attempt_id AND state IN ('running', 'suspended')
+  AND (progress_percent IS NOT :percent OR progress_message IS NOT :message) RETURNING task_id;
 
 -- name: add_report
-INSERT INTO outbox (attempt_id, task_id, kind, body, created_at_ms, boot_id)
-VALUES (:attempt_id, :task_id, :kind, :body, :now_ms, :boot_id);
+INSERT INTO outbox
+    (attempt_id, task_id, kind, body, created_at_ms, boot_id, tries, first_try_at_ms, last_error, due_boottime_ns)
+VALUES
+    (:attempt_id, :task_id, :kind, :body, :now_ms, :boot_id, :tries, :first_try_at_ms, :last_error,
+     iif(EXISTS (SELECT 1 FROM outbox WHERE attempt_id = :attempt_id AND is_dead = 0), NULL, :due_ns));
 
 -- name: drop_waiting_progress
-DELETE FROM outbox WHERE attempt_id = :attempt_id AND kind = 'progress' AND is_dead = 0;
+DELETE FROM outbox WHERE attempt_id = :attempt_id AND kind = 'progress' AND is_dead = 0
+RETURNING tries, first_try_at_ms, last_error, due_boottime_ns;
 
 -- name: drop_reports
 DELETE FROM outbox WHERE attempt_id = :attempt_id AND is_dead = 0;
+
+-- name: next_report
+-- What is oldest now has its turn; a report that has it already keeps its due time.
+UPDATE outbox SET due_boottime_ns = 0
+WHERE id = (SELECT min(id) FROM outbox WHERE attempt_id = :attempt_id AND is_dead = 0) AND due_boottime_ns IS NULL;
 
 -- name: has_complete
 SELECT 1 FROM outbox WHERE attempt_id = :attempt_id AND kind = 'complete' LIMIT 1;
 
 -- name: due_reports
-SELECT o.* FROM outbox o
-WHERE o.is_dead = 0 AND o.due_boottime_ns <= :now_ns
-  AND NOT EXISTS (SELECT 1 FROM outbox e WHERE e.attempt_id = o.attempt_id AND e.is_dead = 0 AND e.id < o.id)
-ORDER BY o.id LIMIT :limit;
+SELECT * FROM outbox WHERE due_boottime_ns <= :now_ns ORDER BY due_boottime_ns, id LIMIT :limit;
 
 -- name: next_due_report
-SELECT min(o.due_boottime_ns) FROM outbox o
-WHERE o.is_dead = 0 AND o.due_boottime_ns > :now_ns
-  AND NOT EXISTS (SELECT 1 FROM outbox e WHERE e.attempt_id = o.attempt_id AND e.is_dead = 0 AND e.id < o.id);
+SELECT min(due_boottime_ns) FROM outbox WHERE due_boottime_ns > :now_ns;
 
 -- name: report_delivered
-DELETE FROM outbox WHERE id = :id;
+DELETE FROM outbox WHERE id = :id RETURNING attempt_id;
 
 -- name: start_accepted
 UPDATE attempts SET is_start_accepted = 1 WHERE attempt_id = :attempt_id;
@@ -134,35 +160,38 @@ UPDATE attempts SET is_synced = 1 WHERE attempt_id = :attempt_id AND state IN ('
 
 -- name: report_retry
 UPDATE outbox
-SET tries = tries + 1, due_boottime_ns = :due_ns, last_error = :error, first_try_at_ms = coalesce(first_try_at_ms, :now_ms)
-WHERE id = :id AND is_dead = 0;
+SET tries = tries + 1, due_boottime_ns = :due_ns, last_error = :error,
+    first_try_at_ms = coalesce(first_try_at_ms, :now_ms)
+WHERE id = :id AND due_boottime_ns IS NOT NULL;
 
 -- name: report_dead
-UPDATE outbox SET is_dead = 1, tries = tries + 1, last_error = :error WHERE id = :id AND is_dead = 0;
+UPDATE outbox SET is_dead = 1, tries = tries + 1, last_error = :error, due_boottime_ns = NULL
+WHERE id = :id AND is_dead = 0 RETURNING attempt_id;
 
 -- name: count_reports
-SELECT count(*) FILTER (WHERE is_dead = 0) AS waiting, count(*) FILTER (WHERE is_dead = 1) AS dead FROM outbox;
+SELECT (SELECT count(*) FROM outbox) - dead AS waiting, dead
+FROM (SELECT count(*) AS dead FROM outbox INDEXED BY outbox_dead WHERE is_dead = 1);
 
 -- name: has_reports
 SELECT 1 FROM outbox WHERE attempt_id = :attempt_id AND is_dead = 0 LIMIT 1;
 
 -- name: count_by_state
-SELECT state, count(*) AS n FROM attempts GROUP BY state;
+SELECT state, count(*) AS n FROM attempts WHERE is_latest = 1 GROUP BY state;
 
 -- name: tasks_by_prefix
-SELECT task_id, max(seq) AS seq FROM attempts
-WHERE task_id >= :prefix AND task_id < :prefix_end GROUP BY task_id LIMIT 3;
+SELECT task_id FROM attempts
+WHERE task_id >= :prefix AND task_id < :prefix_end AND is_latest = 1 ORDER BY task_id LIMIT 3;
 
 -- name: latest_attempt
-SELECT * FROM attempts WHERE task_id = :task_id ORDER BY seq DESC LIMIT 1;
+SELECT * FROM attempts WHERE task_id = :task_id AND is_latest = 1;
 
 -- name: rebase_attempts
 UPDATE attempts
 SET boot_id = :boot_id, ready_boottime_ns = 0, lease_deadline_ns = iif(lease_ttl_ns IS NULL, NULL, 0)
-WHERE boot_id <> :boot_id AND state NOT IN ('completed', 'failed', 'cancelled');
+WHERE state IN ('pending', 'assigned', 'running', 'suspended', 'preempted') AND boot_id <> :boot_id;
 
 -- name: rebase_outbox
-UPDATE outbox SET boot_id = :boot_id, due_boottime_ns = 0 WHERE boot_id <> :boot_id;
+UPDATE outbox SET boot_id = :boot_id, due_boottime_ns = iif(due_boottime_ns IS NULL, NULL, 0) WHERE boot_id <> :boot_id;
 
 -- name: get_meta
 SELECT value FROM meta WHERE key = :key;

@@ -61,8 +61,8 @@ _ZERO_IS_UNSET: Final = frozenset(
         "heartbeat_interval_sec", "priority", "stop_signal", "group_id", "parent_id", "machine_id",
     }
 )  # fmt: skip
-_NOT_OF_THE_TASK: Final = frozenset({"machine_id", "targets"})
-"""Where the plane wants it to run is the claim's, not the task's."""
+_KEYS: Final = frozenset(TaskForm.model_fields.keys() | {"env_vars"}) - {"machine_id", "targets"}
+"""What is read of an item. Where the plane wants it to run is the claim's, not the task's."""
 
 
 def parse_claims(data: Mapping[str, Any]) -> list[ClaimItem]:
@@ -122,10 +122,9 @@ def _plain_task(item: Mapping[str, Any]) -> JsonObject:
 
     Raises ValueError with a reason that shows no value: environments and arguments may hold secrets.
     """
-    known = (TaskForm.model_fields.keys() | {"env_vars"}) - _NOT_OF_THE_TASK
     raw: JsonObject = {}
     for key, value in item.items():
-        if key not in known:
+        if key not in _KEYS:
             continue
         decoded = _json_inside(key, value) if key in _JSON_KEYS and isinstance(value, str) else value
         if decoded is None or decoded == "" or (key in _ZERO_IS_UNSET and decoded == 0):

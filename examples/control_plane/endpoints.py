@@ -1,0 +1,43 @@
+"""What happens to every call, whoever makes it: whatever is raised becomes an envelope of the caller's dialect."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from control_plane.answers import Bare
+from control_plane.dialect import Dialect
+from remotegpu_schemas.errors import CODES, Code, Refused
+from remotegpu_schemas.wire import JsonObject
+
+log = logging.getLogger(__name__)
+
+Endpoint = Callable[[web.Request], Awaitable[web.Response]]
+
+
+def endpoint(
+    dialect: Dialect, new_id: Callable[[], str], handler: Callable[[web.Request], Awaitable[JsonObject | None]]
+) -> Endpoint:
+    """The handler with its answers and refusals in envelopes."""
+
+    async def handle(request: web.Request) -> web.Response:
+        try:
+            return dialect.success(await handler(request))
+        except Refused as refusal:
+            log.info("%s refused: %d %s", request.path, refusal.code, refusal)
+            return dialect.failure(refusal.code, CODES[refusal.code].http_status, str(refusal))
+        except Bare as refusal:
+            log.info("%s refused: %d %s", request.path, refusal.status, refusal)
+            return dialect.failure(refusal.status, refusal.status, str(refusal))
+        except web.HTTPRequestEntityTooLarge as error:
+            return dialect.failure(error.status, error.status, "the body is too large")
+        except Exception:
+            # The top of the loop over requests: one that fails must not hurt the others.
+            error_id = new_id()
+            log.exception("%s failed, error %s", request.path, error_id)
+            message = f"internal error; see {error_id} in the log"
+            return dialect.failure(Code.INTERNAL, CODES[Code.INTERNAL].http_status, message)
+
+    return handle

@@ -1,0 +1,173 @@
+"""The bodies that agents and operators send, checked. Unknown fields are ignored: peers may be older or newer."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from aiohttp import web
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from control_plane.settings import LEASE_MAX_S
+from remotegpu_schemas import limits
+from remotegpu_schemas.errors import Code, Refused
+from remotegpu_schemas.states import Cause
+from remotegpu_schemas.wire import JsonObject, parse_time
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def _storable(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must not contain a NUL character")
+    return value
+
+
+def _inline(value: str) -> str:
+    size = len(value.encode("utf-8", "surrogatepass"))
+    if size > limits.INLINE_OUTPUT_MAX_BYTES:
+        raise ValueError(f"is {size} bytes long; at most {limits.INLINE_OUTPUT_MAX_BYTES} are taken")
+    return _storable(value)
+
+
+def _time(value: str) -> str:
+    if parse_time(value) is None:
+        raise ValueError("must be a time as in RFC 3339, such as 2026-02-05T12:00:00Z")
+    return value
+
+
+_Id = Annotated[str, StringConstraints(pattern=rf"^{limits.ID_PATTERN}$")]
+_Text = Annotated[str, AfterValidator(_storable)]
+_Output = Annotated[str, AfterValidator(_inline)]
+_Time = Annotated[str, AfterValidator(_time)]
+
+
+class Body(BaseModel):
+    """A request's body: types as they are written, unknown fields ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+
+class AgentBody(Body):
+    """What calls about the host begin with."""
+
+    agent_id: _Id
+    machine_id: _Id
+
+
+class ClaimBody(AgentBody):
+    """POST /tasks/claim."""
+
+    limit: Annotated[int, Field(ge=1)]
+    request_id: _Id
+    wait_sec: Annotated[float, Field(ge=0)] = 0
+    capacity: dict[str, Any] = {}
+
+    @property
+    def count(self) -> int:
+        """How many tasks the agent can take."""
+        slots = self.capacity.get("slots")
+        return min(self.limit, slots if isinstance(slots, int) else self.limit, limits.CLAIM_MAX_TASKS)
+
+
+class AttemptBody(Body):
+    """What every call about an attempt begins with."""
+
+    agent_id: _Id
+    attempt_id: _Id
+
+
+class StartBody(AttemptBody):
+    """POST /tasks/{id}/start."""
+
+    process_id: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    gpu_uuids: list[_Text] = []
+    run_no: Annotated[int, Field(ge=1, lt=2**31)] = 1
+
+
+class RenewBody(AttemptBody):
+    """POST /tasks/{id}/lease/renew."""
+
+    extend_sec: Annotated[int, Field(ge=1, le=LEASE_MAX_S)]
+
+
+class ProgressBody(AttemptBody):
+    """POST /tasks/{id}/progress."""
+
+    percent: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+    message: Annotated[_Text, Field(max_length=limits.PROGRESS_MESSAGE_MAX_CHARS)]
+
+
+class ReleaseBody(AttemptBody):
+    """POST /tasks/{id}/release."""
+
+    reason: Annotated[_Text, Field(max_length=limits.WIRE_MESSAGE_MAX_CHARS)]
+
+
+class PlainCompletion(AttemptBody):
+    """POST /tasks/{id}/complete as the oldest planes know it."""
+
+    exit_code: Annotated[int, Field(ge=-(2**31), lt=2**31)]
+    stdout: _Output = ""
+    stderr: _Output = ""
+    error: _Text = ""
+
+
+class Completion(PlainCompletion):
+    """POST /tasks/{id}/complete, with its additions."""
+
+    status: Literal["completed", "failed", "cancelled"] | None = None
+    cause: Annotated[Cause, Field(strict=False)] | None = None
+    signal: Annotated[int, Field(ge=1, le=64)] | None = None
+    started_at: _Time | None = None
+    ended_at: _Time | None = None
+    runs: Annotated[int, Field(ge=0)] = 1
+    truncated: bool = False
+    artifacts: list[dict[str, Any]] = []
+    usage: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        if self.status is not None and (self.status == "completed") != (self.exit_code == 0):
+            raise ValueError(f"exit_code: {self.exit_code} contradicts status {self.status}: 0 is for success only")
+        return self
+
+
+class MachineBody(Body):
+    """POST /machines."""
+
+    machine_id: _Id | None = None
+    name: Annotated[_Text, Field(max_length=limits.NAME_MAX_CHARS)] = ""
+
+
+def parse(model: type[M], body: JsonObject) -> M:
+    """The body as this model. Raises Refused (30005) that names the fields."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise Refused(Code.INVALID_PARAMETERS, _readable(error)) from None
+
+
+async def read_json(request: web.Request) -> object:
+    """The request's JSON. Raises Refused (30005)."""
+    try:
+        return json.loads(await request.read())
+    except (ValueError, RecursionError):
+        raise Refused(Code.INVALID_PARAMETERS, "the body is not JSON") from None
+
+
+async def read_object(request: web.Request) -> JsonObject:
+    """The request's JSON object. Raises Refused (30005)."""
+    body = await read_json(request)
+    if not isinstance(body, dict):
+        raise Refused(Code.INVALID_PARAMETERS, f"the body must be a JSON object, not {type(body).__name__}")
+    return body
+
+
+def _readable(error: ValidationError) -> str:
+    parts: list[str] = []
+    for detail in error.errors(include_url=False, include_context=False, include_input=False):
+        where = ".".join(str(part) for part in detail["loc"])
+        message = detail["msg"].removeprefix("Value error, ")
+        parts.append(f"{where}: {message}" if where else message)
+    return "; ".join(parts)[: limits.WIRE_MESSAGE_MAX_CHARS]

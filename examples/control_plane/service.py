@@ -1,0 +1,221 @@
+"""What the plane does, behind both APIs: runs the store's units and wakes who waits for what they changed.
+
+Raises `Refused` with the code; knows no HTTP and no dialect.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, Self, TypeVar
+
+from sqlalchemy import Connection
+
+from control_plane.auth import Gate, digest_of, new_token
+from control_plane.bell import Bell, wait
+from control_plane.reaper import Reaper
+from control_plane.settings import LEASE_MAX_S, Settings
+from control_plane.store import attempts, claims, machines, tasks
+from control_plane.store.attempts import Ended, Renewed, Started
+from control_plane.store.claims import ClaimedTask, ClaimOrder, Reaped
+from control_plane.store.database import Database, open_database
+from control_plane.store.fencing import Call
+from control_plane.store.outcomes import Refusal
+from control_plane.store.tables import Status
+from control_plane.submissions import check_all
+from remotegpu_schemas.errors import Code, Refused
+from remotegpu_schemas.wire import JsonObject
+
+T = TypeVar("T")
+
+
+class Service:
+    """An open plane. Made by `open`; every method may be called concurrently."""
+
+    def __init__(self, settings: Settings, database: Database, new_id: Callable[[], str]) -> None:
+        self._settings = settings
+        self._database = database
+        self._new_id = new_id
+        self._claimable = Bell()
+        self._ended = Bell()
+        self._is_stopping = False
+        self.gate = Gate(settings.admin_token, self._machine_of_token)
+        self.reaper = Reaper(self._reap, lambda: settings.now_ms)
+
+    @classmethod
+    async def open(cls, settings: Settings, new_id: Callable[[], str]) -> Self:
+        """Open the database, give every lease its grace, and start the reaper. Raises CannotServe."""
+        service = cls(settings, await open_database(settings.database), new_id)
+        grace_s = settings.lease_ttl_s if settings.restart_grace_s is None else settings.restart_grace_s
+        if grace_s > 0:
+            until_ms = settings.now_ms + int(grace_s * 1000)
+            await service._database.run(lambda db: claims.hold_longer(db, until_ms))
+        service.reaper.start()
+        return service
+
+    def stop_waiting(self) -> None:
+        """End the long polls: nobody is held from now on."""
+        self._is_stopping = True
+        self._claimable.ring()
+        self._ended.ring()
+
+    async def close(self) -> None:
+        """Stop the reaper and close the database."""
+        await self.reaper.stop()
+        await self._database.close()
+
+    # --- for operators ---------------------------------------------------------------------------------------------
+
+    async def enrol(self, machine_id: str, name: str = "") -> str:
+        """Give a machine its token; a second time replaces it."""
+        now_ms, token = self._settings.now_ms, new_token()
+        await self._database.run(lambda db: machines.enrol(db, machine_id, name, digest_of(token), now_ms))
+        self.gate.forget()
+        return token
+
+    async def machines(self) -> list[dict[str, Any]]:
+        """Every machine, with its agents."""
+        return await self._database.run(machines.list_machines)
+
+    async def submit(self, items: Sequence[object]) -> list[str]:
+        """Add tasks in the claimed-task form, all or none, and wake who waits for some. Gives their ids."""
+        new = check_all(items, self._new_id)
+        now_ms = self._settings.now_ms
+        await self._ask(lambda db: tasks.add(db, new, now_ms))
+        self._claimable.ring()
+        return [task.id for task in new]
+
+    async def cancel(self, task_id: str) -> Status:
+        """Cancel a task, or ask its agent to; the status is what it has now."""
+        now_ms = self._settings.now_ms
+        status = await self._ask(lambda db: tasks.cancel(db, task_id, now_ms))
+        if status.is_final:
+            self._ended.ring()
+        return status
+
+    async def task(self, task_id: str) -> dict[str, Any]:
+        """One task with its attempts and events, as stored."""
+        task = await self._database.run(lambda db: tasks.get(db, task_id))
+        if task is None:
+            raise Refused(Code.TASK_NOT_FOUND, f"there is no task {task_id}")
+        return task
+
+    async def tasks(self, status: Status | None, limit: int, offset: int) -> tuple[int, list[dict[str, Any]]]:
+        """How many tasks there are, and a page of them."""
+        return await self._database.run(lambda db: tasks.list_tasks(db, status, limit, offset))
+
+    async def stats(self) -> dict[str, int]:
+        """How many tasks there are in each status."""
+        return await self._database.run(tasks.count)
+
+    async def wait_ended(self, task_ids: Sequence[str], timeout_s: float) -> None:
+        """Return when all of these tasks have ended. Raises TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                rung = self._ended.listen()
+                left = await self._database.run(lambda db: tasks.count_open(db, task_ids))
+                if not left:
+                    return
+                await rung.wait()
+
+    # --- for agents ------------------------------------------------------------------------------------------------
+
+    async def register(self, agent_id: str, machine_id: str, registration: JsonObject) -> None:
+        """Keep what an agent says about its host."""
+        now_ms = self._settings.now_ms
+        await self._database.run(lambda db: machines.register(db, agent_id, machine_id, registration, now_ms))
+
+    async def heartbeat(self, agent_id: str, machine_id: str, body: JsonObject) -> list[tuple[str, str]] | None:
+        """Keep a heartbeat; gives the (task, attempt) pairs to be cancelled, None for an agent that must register."""
+        now_ms = self._settings.now_ms
+        return await self._database.run(lambda db: machines.heartbeat(db, agent_id, machine_id, body, now_ms))
+
+    async def claim(self, order: ClaimOrder, wait_s: float, is_gone: Callable[[], bool]) -> list[ClaimedTask]:
+        """Tasks under new leases; if there are none, wait for some, unless the caller is gone by then."""
+        deadline_s = asyncio.get_running_loop().time() + wait_s
+        while True:
+            rung = self._claimable.listen()
+            found = await self._database.run(self._claim_unit(order))
+            left_s = deadline_s - asyncio.get_running_loop().time()
+            if found or left_s <= 0 or self._is_stopping:
+                break
+            await wait(rung, left_s)
+            if is_gone():
+                break
+        for task in found:
+            self.reaper.expect(task.lease_expires_ms)
+        return found
+
+    async def start(self, call: Call, *, process_id: int | None, gpu_uuids: list[str], run_no: int) -> Started:
+        """Note that the attempt's process exists."""
+        now_ms = self._settings.now_ms
+        return await self._ask(
+            lambda db: attempts.start(db, call, now_ms, process_id=process_id, gpu_uuids=gpu_uuids, run_no=run_no)
+        )
+
+    async def renew(self, call: Call, extend_s: int) -> Renewed | None:
+        """Move the end of the lease; None where a deployed plane would renew nothing."""
+        now_ms = self._settings.now_ms
+        extend_ms = min(extend_s, LEASE_MAX_S) * 1000
+        needs_start = self._settings.compat
+        return await self._ask(
+            lambda db: attempts.renew(db, call, now_ms, extend_ms=extend_ms, needs_start=needs_start)
+        )
+
+    async def progress(self, call: Call, percent: float, message: str) -> None:
+        """Keep the latest progress."""
+        now_ms = self._settings.now_ms
+        await self._ask(lambda db: attempts.progress(db, call, now_ms, percent=percent, message=message))
+
+    async def complete(self, call: Call, status: Status, result: JsonObject) -> Ended:
+        """End the task with this result, once."""
+        now_ms = self._settings.now_ms
+        ended = await self._ask(
+            lambda db: attempts.complete(
+                db,
+                call,
+                now_ms,
+                status=status,
+                result=result,
+                accepts_late=self._settings.accepts_late_results,
+                attempts_max=self._settings.attempts_max,
+            )
+        )
+        self._tell(ended)
+        return ended
+
+    async def release(self, call: Call, reason: str) -> Ended:
+        """Take back a task that was not started."""
+        now_ms = self._settings.now_ms
+        ended = await self._ask(lambda db: attempts.release(db, call, now_ms, reason=reason))
+        self._tell(ended)
+        return ended
+
+    def _claim_unit(self, order: ClaimOrder) -> Callable[[Connection], list[ClaimedTask]]:
+        settings = self._settings
+        return lambda db: claims.claim(db, order, settings.now_ms, settings.lease_ttl_ms, self._new_id)
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+
+    async def _ask(self, unit: Callable[[Connection], T | Refusal]) -> T:
+        outcome = await self._database.run(unit)
+        if isinstance(outcome, Refusal):
+            raise Refused(outcome.code, outcome.message)
+        return outcome
+
+    async def _machine_of_token(self, digest: str) -> str | None:
+        return await self._database.run(lambda db: machines.machine_of_token(db, digest))
+
+    def _tell(self, ended: Ended) -> None:
+        if ended.is_new:
+            (self._ended if ended.status.is_final else self._claimable).ring()
+
+    async def _reap(self) -> Reaped:
+        reaped = await self._database.run(
+            lambda db: claims.reap(db, self._settings.now_ms, self._settings.attempts_max)
+        )
+        if reaped.requeued:
+            self._claimable.ring()
+        if reaped.ended:
+            self._ended.ring()
+        return reaped

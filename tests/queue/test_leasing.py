@@ -1,0 +1,119 @@
+"""Leases: when they end on this host's clock; every rounding is to the safe side."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from remotegpu_queue import leasing
+from remotegpu_schemas import limits
+
+_S = 1_000_000_000
+_TTLS = st.floats(0.001, 1e6)
+_FRACTIONS = st.floats(0, 1, exclude_max=True)
+_ANSWERED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+@given(_TTLS, st.integers(0, 2**60), st.floats(0, 1e5))
+def test_deadline_lies_before_the_end_of_the_lease(ttl_s: float, sent_ns: int, margin_s: float) -> None:
+    """The deadline counts from the sending, less a margin: never after the lease's end, never before the sending."""
+    lease = leasing.lease(ttl_s, sent_ns, margin_s, "boot")
+    left_s = (lease.deadline_boottime_ns - sent_ns) / _S
+    assert left_s <= ttl_s - min(margin_s, ttl_s / 4) + 1e-6
+    assert left_s >= ttl_s * 0.75 - 1e-6
+    assert (lease.ttl_s, lease.boot_id) == (ttl_s, "boot")
+
+
+def test_deadline_of_an_ordinary_lease() -> None:
+    """300 s asked for at 1000 s with a margin of 10 s end at 1290 s."""
+    assert leasing.lease(300, 1000 * _S, 10, "b").deadline_boottime_ns == 1290 * _S
+
+
+def test_margin_of_a_short_lease() -> None:
+    """A margin takes at most a quarter of a lease."""
+    assert [leasing.margin_s(ttl_s, 10) for ttl_s in (300, 40, 20, 1)] == [10, 10, 5, 0.25]
+
+
+@pytest.mark.parametrize("ttl_s", [0.0, -1.0, math.nan])
+def test_no_lease_without_time(ttl_s: float) -> None:
+    """A lease that is over, or no number, is a mistake of the caller."""
+    with pytest.raises(ValueError, match="positive"):
+        leasing.lease(ttl_s, 0, 0, "b")
+
+
+@pytest.mark.parametrize("ttl_s", [math.inf, 1e300])
+def test_endless_lease_is_cut(ttl_s: float) -> None:
+    """A lease that no clock can hold is cut to the bound of all durations."""
+    assert leasing.lease(ttl_s, 0, 0, "b").deadline_boottime_ns == round(limits.TIMEOUT_MAX_S * _S)
+
+
+@given(st.floats(0, 0.999999), st.integers(-100, 10_000))
+def test_ttl_until_is_never_too_long(cut_off_s: float, left_s: int) -> None:
+    """The Date header is cut to whole seconds: what is left is never more than it truly was when the answer was written."""
+    written_at = _ANSWERED + timedelta(seconds=cut_off_s)
+    expires_at = _ANSWERED + timedelta(seconds=left_s)
+    ttl_s = leasing.ttl_until(expires_at, _ANSWERED)
+    assert ttl_s is not None
+    assert ttl_s <= (expires_at - written_at).total_seconds()
+
+
+def test_ttl_until_needs_both_times() -> None:
+    """Without the expiry, or without the plane's own clock, nothing is known: wall clocks are never compared."""
+    assert leasing.ttl_until(None, _ANSWERED) is None
+    assert leasing.ttl_until(_ANSWERED, None) is None
+
+
+def test_ttl_until_across_time_zones() -> None:
+    """The same moment in another zone is the same moment."""
+    expires_at = datetime.fromisoformat("2026-01-02T05:05:05+02:00")
+    assert leasing.ttl_until(expires_at, _ANSWERED) == 59.0
+
+
+@pytest.mark.parametrize(
+    ("stated_s", "expires_at", "answered_at", "expected"),
+    [
+        (60.0, _ANSWERED, _ANSWERED, (60.0, True)),
+        (None, _ANSWERED + timedelta(seconds=61), _ANSWERED, (60.0, False)),
+        (None, _ANSWERED - timedelta(seconds=1), _ANSWERED, (-2.0, False)),
+        (None, _ANSWERED, None, (300.0, True)),
+        (None, None, _ANSWERED, (300.0, True)),
+    ],
+)
+def test_ttl_of_a_claim(
+    stated_s: float | None, expires_at: datetime | None, answered_at: datetime | None, expected: tuple[float, bool]
+) -> None:
+    """The stated ttl, else the expiry on the plane's clock, else the default; only the expiry counts from the last sending."""
+    assert leasing.claimed_ttl_s(stated_s, expires_at, answered_at, 300.0) == expected
+
+
+@given(_TTLS, st.floats(0.1, 1e5), _FRACTIONS)
+def test_renewal_comes_three_times_in_a_lease(ttl_s: float, interval_s: float, fraction: float) -> None:
+    """Renewals are at most a third of the lease and the interval apart, and at least 80 % of that."""
+    pause_s = leasing.renew_after_s(ttl_s, interval_s, fraction)
+    assert 0.8 * min(interval_s, ttl_s / 3) <= pause_s * 1.000001
+    assert pause_s <= min(interval_s, ttl_s / 3)
+
+
+@given(_TTLS, st.integers(0, 10_000), _FRACTIONS)
+def test_failed_renewal_is_tried_often_but_not_without_pause(ttl_s: float, failures: int, fraction: float) -> None:
+    """However long the outage: at least 50 ms, at most 15 s and, for leases above half a second, a tenth of the lease."""
+    pause_s = leasing.renew_again_after_s(ttl_s, failures, fraction)
+    assert 0.05 <= pause_s <= 15.0
+    assert pause_s <= max(0.05, ttl_s / 10)
+
+
+@given(st.floats(0, 1e5), _TTLS)
+def test_grace_is_at_most_a_third_of_the_lease(grace_s: float, ttl_s: float) -> None:
+    """A task's own grace period is kept as far as it takes no more than a third of its lease."""
+    assert leasing.lease_grace_s(grace_s, ttl_s) == min(grace_s, ttl_s / 3)
+
+
+@given(_TTLS, st.floats(0, 1e5), st.floats(0, 1e5))
+def test_a_lease_leaves_time_to_work(ttl_s: float, margin_s: float, grace_s: float) -> None:
+    """Margin and grace period together leave at least five twelfths of every lease."""
+    left_s = ttl_s - leasing.margin_s(ttl_s, margin_s) - leasing.lease_grace_s(grace_s, ttl_s)
+    assert left_s >= ttl_s * 5 / 12 * 0.999999

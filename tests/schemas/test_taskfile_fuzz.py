@@ -1,0 +1,136 @@
+"""Whatever the bytes of a task file are, it is accepted, or InvalidFile says why."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from remotegpu_schemas.problems import InvalidFile
+from remotegpu_schemas.task import Task, TaskId
+from remotegpu_schemas.task_form import ResourcesForm, RetryForm, TargetsForm, TaskForm
+from remotegpu_schemas.taskfile import DocumentForm, Submission, load_task_file, override_tasks
+from tests.schemas.support import json_values, property_test
+
+VALID = b"""\
+# a comment
+version: 1
+name: train
+labels: {team: vision}
+task: &task
+  id: t-1
+  type: python
+  command: python
+  args: [train.py, --epochs=100, 1.10, "quoted \\u00e9"]
+  env: {SEED: "1", B: two}
+  resources: {gpus: 2, cpus: 0.5, memory_gb: 64}
+  timeout: 24h
+  retry: {max: 3, delay: 60s, on: [exit_code], exit_codes: [75]}
+  targets: {machine_ids: [m1], ips: [10.0.0.1]}
+---
+task:
+  script: |
+    echo one
+    echo two
+  max_retries: 2
+"""
+
+
+def check(raw: bytes) -> None:
+    """Accepted files make tasks that can be stored and overridden; others make a bounded report."""
+    submissions = _loaded(raw)
+    if isinstance(submissions, InvalidFile):
+        text = str(submissions)
+        assert submissions.problems
+        assert text.endswith("nothing was submitted.")
+        assert len(text) < 60 * 1000
+        assert all(
+            problem.line <= raw.count(b"\n") + raw.count(b"\r") + raw.count(b"\xc2\x85") + 200
+            for problem in submissions.problems
+        )
+        text.encode()
+    else:
+        assert submissions
+        for submission in submissions:
+            task = submission.task(TaskId("t"))
+            assert Task.model_validate_json(task.model_dump_json()) == task
+        assert len(load_task_file(override_tasks(raw, "f.yaml", {"priority": 1}))) == len(submissions)
+
+
+def _loaded(raw: bytes) -> list[Submission] | InvalidFile:
+    try:
+        return load_task_file(raw, "f.yaml")
+    except InvalidFile as error:
+        return error
+
+
+@property_test
+@given(raw=st.binary(max_size=300))
+def test_any_bytes(raw: bytes) -> None:
+    """Nothing but InvalidFile is raised for arbitrary bytes."""
+    check(raw)
+
+
+mutations = st.lists(
+    st.tuples(
+        st.sampled_from(["insert", "delete", "replace", "repeat", "swap"]),
+        st.integers(0, len(VALID)),
+        st.integers(0, 40),
+        st.binary(max_size=4)
+        | st.sampled_from([b"\t", b"  ", b": ", b"- ", b"*task", b"&a ", b"{", b"]", b'"', b"'", b"|", b"\n", b"<<: "]),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@property_test
+@given(changes=mutations)
+def test_valid_file_with_mutations(changes: list[tuple[str, int, int, bytes]]) -> None:
+    """A few slips of the hand in a valid file."""
+    raw = VALID
+    for kind, at, length, piece in changes:
+        begin, middle, end = raw[:at], raw[at : at + length], raw[at + length :]
+        match kind:
+            case "insert":
+                raw = begin + piece + middle + end
+            case "delete":
+                raw = begin + end
+            case "replace":
+                raw = begin + piece + end
+            case "repeat":
+                raw = begin + middle * 3 + end
+            case _:
+                raw = end + middle + begin
+    check(raw)
+
+
+def test_the_unmutated_file_is_accepted() -> None:
+    """Else the mutations would prove little."""
+    assert len(load_task_file(VALID)) == 2
+    check(VALID)
+
+
+def keys_of(
+    form: type[DocumentForm | TaskForm | ResourcesForm | RetryForm | TargetsForm],
+) -> st.SearchStrategy[dict[str, Any]]:
+    """Mappings with the form's keys, and one more, with any values."""
+    return st.dictionaries(st.sampled_from([*form.model_fields, "bogus"]), json_values, max_size=5)
+
+
+tasks = st.tuples(
+    keys_of(TaskForm),
+    st.fixed_dictionaries(
+        {}, optional={"resources": keys_of(ResourcesForm), "retry": keys_of(RetryForm), "targets": keys_of(TargetsForm)}
+    ),
+    st.sampled_from([{}, {"command": "x"}, {"script": "x"}]),
+).map(lambda parts: {**parts[0], **parts[1], **parts[2]})
+
+
+@property_test
+@given(document=keys_of(DocumentForm), task=tasks)
+def test_any_values_of_known_keys(document: dict[str, Any], task: dict[str, Any]) -> None:
+    """Every key of the format, with values of every type."""
+    check(json.dumps({**document, "version": 1, "task": task}).encode("utf-8", "surrogatepass"))
