@@ -13,21 +13,18 @@ import structlog
 from remotegpu_agent.clock import Clock
 from remotegpu_agent.control_plane import ControlPlane, Reply
 from remotegpu_agent.dispatch import Dispatcher
+from remotegpu_agent.reports import Reports
 from remotegpu_queue import backoff, leasing, outbox, units
 from remotegpu_queue.store import Store, StoreUnavailable
 from remotegpu_queue.units import ClaimResult, NewAttempt
 from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId
-from remotegpu_schemas.states import EXIT_NOT_EXECUTABLE, Cause, TaskState
 from remotegpu_schemas.wire import (
     Claim,
     ClaimRequest,
-    CompleteReport,
-    JsonObject,
     RefusedClaim,
     UnusableClaim,
     Verdict,
-    format_time,
     parse_claims,
 )
 
@@ -59,6 +56,7 @@ class Claimer:
         store: Store,
         plane: ControlPlane,
         dispatcher: Dispatcher,
+        reports: Reports,
         clock: Clock,
         settings: ClaimSettings,
         *,
@@ -70,6 +68,7 @@ class Claimer:
         self._store = store
         self._plane = plane
         self._dispatcher = dispatcher
+        self._reports = reports
         self._clock = clock
         self._settings = settings
         self._random = random
@@ -165,7 +164,7 @@ class Claimer:
     ) -> list[ClaimResult]:
         mine = [claim for claim in claims if self._is_for_me(claim)]
         attempts = [self._attempt(claim, reply, first_sent_ns) for claim in mine]
-        reports = [(item, self._refusal(item)) for item in refused]
+        reports = [(item, self._reports.refused(item, self._clock.wall_ms())) for item in refused]
         now_ms, boot_id = self._clock.wall_ms(), self._settings.boot_id
 
         def unit(db: sqlite3.Connection) -> list[ClaimResult]:
@@ -205,17 +204,3 @@ class Claimer:
             renew_interval_s=claim.renew_interval_s,
             retries_used=claim.retries_used,
         )
-
-    def _refusal(self, item: RefusedClaim) -> JsonObject:
-        return CompleteReport(
-            agent_id=self._settings.agent_id,
-            attempt_id=item.attempt_id,
-            exit_code=EXIT_NOT_EXECUTABLE,
-            stdout="",
-            stderr="",
-            error=f"the agent cannot run this task: {item.reason}"[: limits.WIRE_MESSAGE_MAX_CHARS],
-            status=TaskState.FAILED,
-            cause=Cause.POLICY_REFUSED,
-            ended_at=format_time(self._clock.wall_ms() / 1000),
-            runs=0,
-        ).body()

@@ -41,6 +41,7 @@ from remotegpu_agent.presence import HostState, Presence, cancelled_attempts
 from remotegpu_agent.progress import ProgressFollower
 from remotegpu_agent.recovery import recover
 from remotegpu_agent.reporter import Reporter
+from remotegpu_agent.reports import Reports
 from remotegpu_agent.runspec import RunSettings, find_user
 from remotegpu_agent.standing import Standing
 from remotegpu_agent.supervise import Loops
@@ -117,6 +118,8 @@ class Agent:
         self._watcher = DirectoryWatcher()
         self._launcher = Launcher(self._attempts_dir)
         self._standing = Standing(config.control_plane.url)
+        inline_limit_bytes = config.results.inline_limit_kb * limits.KIB
+        self._reports = Reports(names.agent_id, self._attempts_dir, inline_limit_bytes)
         self._executor = self._make_executor()
         self._leases = self._make_leases()
         self._executor.leases = self._leases
@@ -176,13 +179,12 @@ class Agent:
                 api_socket=config.api.socket,
             ),
             boot_id=self._names.boot_id,
-            attempts_dir=self._attempts_dir,
-            inline_limit_bytes=config.results.inline_limit_kb * limits.KIB,
             continues_when_unreachable=config.lease.on_unreachable is OnUnreachable.CONTINUE,
         )
         return Executor(
             self._store,
             self._launcher,
+            self._reports,
             self._clock,
             settings,
             self._loops,
@@ -286,6 +288,7 @@ class Agent:
             self._store,
             self._plane,
             self._dispatcher,
+            self._reports,
             self._clock,
             ClaimSettings(
                 agent_id=self._names.agent_id,

@@ -16,11 +16,11 @@ from typing import Final
 
 import structlog
 
-from remotegpu_agent import results
 from remotegpu_agent.announcer import Announcer
 from remotegpu_agent.clock import Clock
 from remotegpu_agent.leases import LeaseKeeper
 from remotegpu_agent.progress import Progress, read_progress
+from remotegpu_agent.reports import Reports, usage_of
 from remotegpu_agent.runspec import (
     RunSettings,
     build_run_spec,
@@ -30,7 +30,7 @@ from remotegpu_agent.runspec import (
     refusal,
 )
 from remotegpu_agent.supervise import Loops
-from remotegpu_queue import leasing, outbox, units, views
+from remotegpu_queue import leasing, units, views
 from remotegpu_queue.rows import Attempt
 from remotegpu_queue.store import LostRace, Store, StoreUnavailable
 from remotegpu_queue.transitions import (
@@ -45,9 +45,8 @@ from remotegpu_queue.transitions import (
 from remotegpu_schemas.attempt import AttemptId, EndedBy, Lease, RunEnded, RunNo, RunRecord, RunStarted
 from remotegpu_schemas.states import CAUSE_RULES, Cause, wire_exit_code
 from remotegpu_schemas.task import Resources, TaskId
-from remotegpu_schemas.wire import CompleteReport, JsonObject, ProgressReport, ReleaseReport, StartReport, format_time
+from remotegpu_schemas.wire import JsonObject
 from remotegpu_sidecar.launcher import Launcher, LaunchError, Run
-from remotegpu_sidecar.output import read_output
 
 log = structlog.get_logger(__name__)
 
@@ -56,12 +55,10 @@ _STORE_RETRY_S: Final = 1.0
 
 @dataclass(frozen=True)
 class ExecutorSettings:
-    """What the executor needs to know about the host. Sizes are bytes."""
+    """What the executor needs to know about the host."""
 
     run: RunSettings
     boot_id: str
-    attempts_dir: Path
-    inline_limit_bytes: int
     continues_when_unreachable: bool = False
     max_starting: int = 8
 
@@ -113,6 +110,7 @@ class Executor:
         self,
         store: Store,
         launcher: Launcher,
+        reports: Reports,
         clock: Clock,
         settings: ExecutorSettings,
         loops: Loops,
@@ -123,6 +121,7 @@ class Executor:
     ) -> None:
         self._store = store
         self._launcher = launcher
+        self._reports = reports
         self._clock = clock
         self._settings = settings
         self._loops = loops
@@ -299,14 +298,7 @@ class Executor:
 
     def _started_unit(self, active: Active, started: RunStarted) -> Callable[..., None]:
         attempt_id, run_no = active.attempt_id, active.run_no
-        report: JsonObject | None = None
-        if active.attempt is not None and active.attempt.origin == "control_plane":
-            report = StartReport(
-                agent_id=self._settings.run.agent_id,
-                attempt_id=attempt_id,
-                process_id=started.process.pid,
-                run_no=run_no,
-            ).body()
+        report = self._reports.start(active.attempt, run_no, started) if active.attempt is not None else None
         started_ms = started.started_wall_ns // 1_000_000
         return lambda db: units.run_started(db, attempt_id, run_no, started.process, started_ms, report)
 
@@ -329,10 +321,7 @@ class Executor:
         )
         ended_ms = record.ended.ended_wall_ns // 1_000_000 if record and record.ended else self._clock.wall_ms()
         is_final = after.event.value in {"complete", "fail", "cancel"}
-        rule = CAUSE_RULES[outcome.cause]
-        report: JsonObject | None = None
-        if is_final and attempt.origin == "control_plane" and rule.is_reported:
-            report = self._complete_report(attempt, run_no, outcome, record, ended_ms)
+        report = self._reports.complete(attempt, run_no, outcome, record, ended_ms) if is_final else None
         await self._store_end(active, _End(outcome, after, ended_ms, record, report))
         if is_final:
             self.leases.release(attempt.attempt_id)
@@ -344,21 +333,6 @@ class Executor:
             cause=outcome.cause,
             exit_code=outcome.exit_code,
             follows=after.event,
-        )
-
-    def _complete_report(
-        self, attempt: Attempt, run_no: RunNo, outcome: Outcome, record: RunRecord | None, ended_ms: int
-    ) -> JsonObject:
-        directory = self._settings.attempts_dir / f"{attempt.attempt_id}.{run_no}"
-        return results.complete_report(
-            attempt,
-            outcome,
-            record,
-            lambda stream, offset, limit: _read(directory, stream, offset, limit),
-            agent_id=self._settings.run.agent_id,
-            runs=run_no,
-            ended_ms=ended_ms,
-            inline_limit_bytes=self._settings.inline_limit_bytes,
         )
 
     async def _store_end(self, active: Active, end: _End) -> None:
@@ -392,7 +366,7 @@ class Executor:
             ended_at_ms=end.ended_ms,
             ready_boottime_ns=self._clock.boottime_ns() + round(after.delay_s * 1e9) if after.delay_s else 0,
             boot_id=self._settings.boot_id,
-            usage=results.usage_of(ended.usage) if ended is not None else None,
+            usage=usage_of(ended.usage) if ended is not None else None,
             report=end.report,
             drop_reports=not CAUSE_RULES[end.outcome.cause].is_reported,
         )
@@ -417,13 +391,8 @@ class Executor:
         return read_progress(*self.progress_file(active))
 
     def _progress_report(self, active: Active, progress: Progress) -> tuple[JsonObject, str] | None:
-        if active.attempt is None or active.attempt.origin == "local":
-            return None
-        percent, message = progress
-        report = ProgressReport(
-            agent_id=self._settings.run.agent_id, attempt_id=active.attempt_id, percent=percent, message=message
-        )
-        return report.body(), self._settings.boot_id
+        report = self._reports.progress(active.attempt, *progress) if active.attempt is not None else None
+        return (report, self._settings.boot_id) if report is not None else None
 
     # --- stopping ---
 
@@ -464,16 +433,16 @@ class Executor:
             active.run.extend(fence_ns)
 
     async def end_waiting(self, attempt: Attempt, cause: Cause, sentence: str) -> bool:
-        """End an attempt that has no process. False if it has one now, or has ended.
-
-        An unstarted attempt whose lease is over is handed back where the plane can, else left to lapse.
-        """
+        """End an attempt that has no process. False if it has one now, or has ended."""
         now_ms = self._clock.wall_ms()
-        exit_code = wire_exit_code(cause, None, None)
-        report = self._waiting_report(attempt, cause, sentence, exit_code, now_ms)
+        outcome = Outcome(cause, wire_exit_code(cause, None, None), None, sentence)
+        report = self._reports.never_ran(attempt, outcome, now_ms, can_release=self.can_release())
+        to_send = (*report, self._settings.boot_id) if report is not None else None
         try:
             await self._store.write(
-                lambda db: units.end_waiting(db, attempt.attempt_id, cause, sentence, exit_code, now_ms, report)
+                lambda db: units.end_waiting(
+                    db, attempt.attempt_id, cause, sentence, outcome.exit_code, now_ms, to_send
+                )
             )
         except (LostRace, IllegalTransition):
             return False
@@ -484,42 +453,9 @@ class Executor:
         log.info("a waiting task has ended", task_id=attempt.task_id, attempt_id=attempt.attempt_id, cause=cause)
         return True
 
-    def _waiting_report(
-        self, attempt: Attempt, cause: Cause, sentence: str, exit_code: int, now_ms: int
-    ) -> tuple[outbox.ReportKind, JsonObject, str] | None:
-        if attempt.origin == "local" or not CAUSE_RULES[cause].is_reported:
-            return None
-        agent_id, boot_id = self._settings.run.agent_id, self._settings.boot_id
-        if cause is Cause.LEASE_LOST and attempt.run_no == 0:
-            if not self.can_release():
-                return None
-            release = ReleaseReport(agent_id=agent_id, attempt_id=attempt.attempt_id, reason=sentence)
-            return "release", release.body(), boot_id
-        complete = CompleteReport(
-            agent_id=agent_id,
-            attempt_id=attempt.attempt_id,
-            exit_code=exit_code,
-            stdout="",
-            stderr="",
-            error=sentence,
-            status=CAUSE_RULES[cause].final_state,
-            cause=cause,
-            ended_at=format_time(now_ms / 1000),
-            runs=attempt.run_no,
-        )
-        return "complete", complete.body(), boot_id
-
 
 _WAITING_SENTENCES: Final = {
     Cause.CANCELLED: "cancelled on request before it ran",
     Cause.SUPERSEDED: "another attempt has this task now",
     Cause.LEASE_LOST: "the lease ended before the task could be started",
 }
-
-
-def _read(directory: Path, stream: str, offset: int, limit: int) -> bytes:
-    try:
-        return read_output(directory, stream, offset, limit)[1]
-    except OSError as error:
-        log.warning("output cannot be read", directory=str(directory), stream=stream, error=str(error))
-        return b""

@@ -20,6 +20,11 @@ M = TypeVar("M", bound=BaseModel)
 def _storable(value: str) -> str:
     if "\0" in value:
         raise ValueError("must not contain a NUL character")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("must not contain half a surrogate pair") from None
     return value
 
 

@@ -14,7 +14,6 @@ from remotegpu_schemas.attempt import Lease
 
 _NS: Final = 1_000_000_000
 _MARGIN_MAX_SHARE: Final = 0.25
-_GRACE_MAX_SHARE: Final = 1 / 3
 _RENEW_JITTER: Final = 0.2
 
 
@@ -76,4 +75,4 @@ def renew_again_after_s(ttl_s: float, failures: int, fraction: float) -> float:
 
 def lease_grace_s(grace_period_s: float, ttl_s: float) -> float:
     """How long a task may take to stop when its lease ends; it lies before the deadline."""
-    return min(grace_period_s, ttl_s * _GRACE_MAX_SHARE)
+    return min(grace_period_s, ttl_s / 3)

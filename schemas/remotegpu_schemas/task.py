@@ -1,6 +1,6 @@
 """What is to be run: a task, its resources and its rules for retrying. Frozen; extras are refused.
 
-Units: seconds for durations, `memory_gb` in GiB as an operator writes it. The wire's dialects end in `wire.py`,
+Units: seconds for durations, `memory_gb` in GiB as an operator writes it. The wire's dialects end in `wire`,
 the YAML forms in `taskfile.py`; both end here.
 """
 

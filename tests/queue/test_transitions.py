@@ -179,8 +179,7 @@ def test_the_event_fits_a_running_task(cause: Cause, may_run: bool) -> None:
     policy = RetryPolicy(max=1)
     after = after_run(_outcome(cause), policy, retries_used=0, free_retries_used=0, may_run=may_run)
     for state in (TaskState.RUNNING, TaskState.SUSPENDED):
-        if (state, after.event) != (TaskState.SUSPENDED, TaskEvent.RETRY):
-            next_task_state(state, after.event)
+        next_task_state(state, after.event)
 
 
 @given(_CAUSES, _POLICIES)

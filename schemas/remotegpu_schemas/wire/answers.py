@@ -174,7 +174,7 @@ def parse_heartbeat(data: Mapping[str, Any]) -> HeartbeatAnswer:
 def parse_features(data: Mapping[str, Any]) -> frozenset[str]:
     """The optional calls that the plane named in its register answer."""
     items = data.get("features")
-    names = (item for item in items if isinstance(item, str)) if isinstance(items, list) else ()
+    names = (item for item in items if isinstance(item, str) and id_of(item)) if isinstance(items, list) else ()
     return frozenset(islice(names, limits.FEATURES_MAX_COUNT))
 
 

@@ -184,11 +184,13 @@ def _priority(value: object) -> object:
 def _machine_id_of(value: object) -> str | None:
     if value is None or value in ("", 0):
         return None
-    if isinstance(value, str):
-        return value
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    raise ValueError(f"'machine_id' must be text, not {shown(value)}")
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"'machine_id' must be text, not {shown(value)}")  # noqa: TRY004 - one kind for all refusals
+    if len(value) > limits.NAME_MAX_CHARS:
+        raise ValueError(f"'machine_id' is longer than {limits.NAME_MAX_CHARS} characters")
+    return clean_text(value)
 
 
 def _count(value: object) -> int:

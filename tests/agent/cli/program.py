@@ -37,12 +37,19 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, "LC_ALL": "C.UTF-8", "TERM": "xterm", **changes}
 
 
+class _Program(subprocess.Popen[str]):
+    """A process that a failing test does not wait for."""
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is not None:
+            self.kill()
+        super().__exit__(*error)
+
+
 def process(*arguments: object, environ: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
     """The program as a process of its own, with pipes."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        [*PROGRAM, *map(str, arguments)], env=environment(**(environ or {})), **{**pipes, **options}
-    )
+    return _Program([*PROGRAM, *map(str, arguments)], env=environment(**(environ or {})), **{**pipes, **options})
 
 
 def run(*arguments: object, environ: Mapping[str, str] | None = None, **options: Any) -> Ended:

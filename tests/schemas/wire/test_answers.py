@@ -223,7 +223,10 @@ def test_cancellations_are_bounded() -> None:
 
 def test_features() -> None:
     """Names are taken, everything else is left out, and there is a bound."""
-    assert parse_features({"features": ["release", 3, None, ["x"], "upload-url"]}) == {"release", "upload-url"}
+    assert parse_features({"features": ["release", 3, None, ["x"], "", "a b", "\udc80", "upload-url"]}) == {
+        "release",
+        "upload-url",
+    }
     assert parse_features({"features": "release"}) == frozenset()
     many = [f"feature-{number}" for number in range(1000)]
     assert len(parse_features({"features": many})) == limits.FEATURES_MAX_COUNT

@@ -135,6 +135,7 @@ def test_item_that_is_no_object(bad: object) -> None:
         ),
         pytest.param({"max_retries": -1}, "'max_retries' must be at least 0, not -1", id="retries-negative"),
         pytest.param({"machine_id": []}, "'machine_id' must be text, not a list", id="machine-list"),
+        pytest.param({"machine_id": "m" * 257}, "'machine_id' is longer than 256 characters", id="machine-long"),
         pytest.param({"machine_id": {"a": 1}}, "'machine_id' must be text, not a mapping", id="machine-object"),
         pytest.param(
             {"lease_ttl_sec": [1]},
