@@ -28,6 +28,7 @@ from remotegpu_agent.cli.client import Client
 from remotegpu_agent.cli.endpoints import Endpoint
 from remotegpu_agent.cli.exits import Stop
 from remotegpu_agent.cli.following import follow
+from remotegpu_schemas.taskfile import load_task_file
 
 EXAMPLES: Final = Path(__file__).resolve().parent
 READY_TIMEOUT_S: Final = 60.0
@@ -92,10 +93,11 @@ def _demonstrate(directory: Path, stack: contextlib.ExitStack, *, keep: bool) ->
     names: dict[str, str] = {}
     expected: dict[str, str] = {}
     for file in sorted((EXAMPLES / "tasks").glob("*.yaml")):
-        for task_id in plane.call("POST", "/tasks", file.read_bytes(), "application/yaml")["task_ids"]:
-            task = plane.call("GET", f"/tasks/{task_id}")
-            names[task_id] = task["name"]
-            expected[task_id] = (task.get("labels") or {}).get("expect", "succeeded")
+        content = file.read_bytes()
+        task_ids = plane.call("POST", "/tasks", content, "application/yaml")["task_ids"]
+        for task_id, submission in zip(task_ids, load_task_file(content, file.name), strict=True):
+            names[task_id] = submission.form.name or file.stem
+            expected[task_id] = submission.form.labels.get("expect", "succeeded")
     print(f"{len(names)} tasks submitted to the control plane; their output as it comes:\n", flush=True)
     results = _watch(plane, Client([Endpoint("demo", socket=str(directory / "agent.sock"))]), names)
     wrong = _print_results(results, names, expected)

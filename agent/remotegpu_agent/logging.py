@@ -113,8 +113,11 @@ def _hidden(key: object, value: object, depth: int) -> Any:
             return _SECRET_TEXT.sub(rf"\1{HIDDEN}", value)
         case bytes():
             return _hidden(None, value.decode("utf-8", "replace"), depth)
-    if depth == 0:
-        return "..."
+        case _:
+            return _hidden_inside(value, depth) if depth > 0 else "..."
+
+
+def _hidden_inside(value: object, depth: int) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     elif callable(fields := getattr(value, "model_dump", None)) and not isinstance(value, type):

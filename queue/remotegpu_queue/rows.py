@@ -69,6 +69,7 @@ class Run:
 
 
 def attempt_of(row: sqlite3.Row) -> Attempt:
+    """A whole row of `attempts` as a value."""
     lease = None
     if row["lease_ttl_ns"] is not None:
         lease = Lease(
@@ -101,6 +102,7 @@ def attempt_of(row: sqlite3.Row) -> Attempt:
 
 
 def run_of(row: sqlite3.Row) -> Run:
+    """A whole row of `runs` as a value."""
     process = None
     if row["pid"] is not None:
         process = ProcessIdentity(boot_id=row["boot_id"], pid=row["pid"], start_ticks=row["start_ticks"])

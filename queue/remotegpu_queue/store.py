@@ -72,7 +72,7 @@ class ThreadExecutor(aiosqlite.Connection):
 
     def __init__(self, connector: Callable[[], sqlite3.Connection]) -> None:
         super().__init__(connector, iter_chunk_size=64)
-        # aiosqlite's thread is joined when the interpreter ends, and would keep an agent with a wedged disk from ending.
+        # The interpreter joins aiosqlite's thread at its end: a wedged disk would keep the agent from ending.
         self._thread.daemon = True
 
     async def run(self, function: Unit[T]) -> T:
@@ -244,8 +244,9 @@ class Store:
         units = [waiting.unit for waiting in batch]
         try:
             results = await self._writer.run(lambda db: run_batch(db, units))
-        except Exception as error:  # nothing was committed; whatever it was, the writer goes on
-            results = [Failed(_unavailable("written", error)) for _ in batch]
+        except Exception as error:  # noqa: BLE001 - nothing was committed; whatever it was, the writer goes on
+            refused: Any = Failed(_unavailable("written", error))
+            results = [refused] * len(batch)
         for waiting, result in zip(batch, results, strict=True):
             if waiting.done.cancelled():
                 continue

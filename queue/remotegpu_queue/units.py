@@ -133,7 +133,7 @@ def begin_run(db: sqlite3.Connection, attempt_id: AttemptId, now_ms: int) -> tup
         raise LostRace(f"attempt {attempt_id} no longer waits")
     state, run_no = TaskState(row["state"]), RunNo(row["run_no"] + 1)
     try:
-        started = one(
+        change(
             db,
             "start_attempt",
             {
@@ -148,10 +148,8 @@ def begin_run(db: sqlite3.Connection, attempt_id: AttemptId, now_ms: int) -> tup
         if error.sqlite_errorname != "SQLITE_CONSTRAINT_UNIQUE":
             raise
         raise LostRace(f"another attempt of task {row['task_id']} still has a process") from None
-    if started is None:
-        raise LostRace(f"attempt {attempt_id} no longer waits for run {run_no}")
     db.execute(SQL["add_run"], {"attempt_id": attempt_id, "run_no": run_no, "now_ms": now_ms})
-    return attempt_of(started), run_no
+    return attempt_of(one(db, "attempt", {"attempt_id": attempt_id})), run_no
 
 
 def run_started(

@@ -123,10 +123,10 @@ def list_attempts(
         where.append("seq IN (SELECT l.seq FROM labels l WHERE l.key = ? AND l.value = ?)")
         values += [key, value]
     condition = " AND ".join(where)
-    total: int = db.execute(f"SELECT count(*) FROM attempts WHERE {condition}", values).fetchone()[0]
-    rows = db.execute(
-        f"SELECT * FROM attempts WHERE {condition} ORDER BY seq DESC LIMIT ? OFFSET ?", [*values, limit, offset]
-    ).fetchall()
+    count = f"SELECT count(*) FROM attempts WHERE {condition}"  # noqa: S608 - constants and placeholders only
+    total: int = db.execute(count, values).fetchone()[0]
+    select = f"SELECT * FROM attempts WHERE {condition} ORDER BY seq DESC LIMIT ? OFFSET ?"  # noqa: S608 - as above
+    rows = db.execute(select, [*values, limit, offset]).fetchall()
     page = []
     for row in rows:
         last = one(db, "run", {"attempt_id": row["attempt_id"], "run_no": row["run_no"]})

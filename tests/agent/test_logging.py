@@ -240,7 +240,7 @@ def test_anything_can_be_logged() -> None:
 
 def test_full_disk() -> None:
     """A log that cannot be written is lost; the call returns as ever."""
-    with io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True) as full:  # type: ignore[type-var]  # raw
+    with io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True) as full:
         with pytest.raises(OSError, match="No space"):
             full.write("x")
         logging.set_up("info", "json", full)

@@ -8,13 +8,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
 import aiohttp
 
-DEADLINE_S: Final = 60.0
+from tests.waiting import DEADLINE_S, until
+
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 
 
@@ -59,6 +60,11 @@ class AgentProcess:
         return self._process.pid
 
     @property
+    def has_started(self) -> bool:
+        """Whether there has been a process at all."""
+        return self._process is not None
+
+    @property
     def is_running(self) -> bool:
         """Whether the present process has not ended."""
         return self._process is not None and self._process.returncode is None
@@ -78,13 +84,11 @@ class AgentProcess:
 
     async def wait_ready(self) -> None:
         """Until the API answers as this process. Raises AgentFailed."""
-        async with asyncio.timeout(DEADLINE_S):
-            while not await self._answers():
-                if not self.is_running:
-                    raise AgentFailed(f"the agent ended:\n{self.log.read_text()[-4000:]}")
-                await asyncio.sleep(0.02)  # a file that another process makes: there is no event to wait for
+        await until(self._answers)
 
     async def _answers(self) -> bool:
+        if not self.is_running:
+            raise AgentFailed(f"the agent ended:\n{self.log.read_text()[-4000:]}")
         with contextlib.suppress(OSError, ValueError, aiohttp.ClientError):
             if json.loads((self.state_dir / "endpoints.json").read_bytes())["pid"] == self.pid:
                 return bool((await self.get("/ping"))["version"])
@@ -138,12 +142,19 @@ class AgentProcess:
 
     async def wait_running(self, task_id: str) -> dict[str, Any]:
         """The task once its process exists."""
-        async with asyncio.timeout(DEADLINE_S):
-            while True:
-                detail: dict[str, Any] = await self.get(f"/tasks/{task_id}")
-                if detail["process_id"] is not None:
-                    return detail
-                await asyncio.sleep(0.02)
+        return await self.until_shown(f"/tasks/{task_id}", lambda task: task["process_id"] is not None)
+
+    async def until_shown(self, path: str, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The data of a GET as soon as it is so; a task that is not there yet may come."""
+
+        async def look() -> dict[str, Any] | None:
+            status, body = await self.call("GET", path)
+            data: dict[str, Any] | None = body["data"] if status == 200 else None
+            return data if data is not None and is_so(data) else None
+
+        found = await until(look)
+        assert found is not None
+        return found
 
     async def output(self, task_id: str, stream: str = "stdout") -> str:
         """What a task has written, as far as one piece goes."""

@@ -11,8 +11,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.end_to_end.agent_process import DEADLINE_S, AgentProcess, agent
+from tests.end_to_end.agent_process import AgentProcess, agent
 from tests.end_to_end.gates import Gate
+from tests.waiting import DEADLINE_S
 
 
 @pytest.fixture
@@ -61,14 +62,17 @@ async def test_output_is_followed_from_before_the_start_to_the_end(host: AgentPr
         await host.submit(command=first.wait)
     task_id = await host.submit(command=f"printf 'gr\\303\\274n '; {second.wait}; printf '\\342\\202'; echo")
     connector = aiohttp.UnixConnector(str(host.socket))
-    async with asyncio.timeout(DEADLINE_S), aiohttp.ClientSession(connector=connector) as session:
-        async with session.get(f"http://localhost/api/v1/tasks/{task_id}/logs?follow=1") as answer:
-            first.open()
-            chunks = [await _event(answer)]
-            assert chunks[0]["text"] == "grün "
-            second.open()
-            while not chunks[-1]["is_end"]:
-                chunks.append(await _event(answer))
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        aiohttp.ClientSession(connector=connector) as session,
+        session.get(f"http://localhost/api/v1/tasks/{task_id}/logs?follow=1") as answer,
+    ):
+        first.open()
+        chunks = [await _event(answer)]
+        assert chunks[0]["text"] == "grün "
+        second.open()
+        while not chunks[-1]["is_end"]:
+            chunks.append(await _event(answer))
     assert "".join(chunk["text"] for chunk in chunks) == "grün �\n"
     assert [chunk["offset"] for chunk in chunks[1:]] == [chunk["next_offset"] for chunk in chunks[:-1]]
 
@@ -115,13 +119,11 @@ async def test_the_more_urgent_task_starts_first(tmp_path: Path) -> None:
 
 
 async def test_cancelling_what_runs_and_what_waits(tmp_path: Path) -> None:
-    """A running task gets its stop signal and ends as cancelled; a waiting one ends at once; an ended one is refused."""
+    """A running task gets its stop signal and ends as cancelled, a waiting one ends at once, an ended one is refused."""
     async with agent(tmp_path, capacity={"max_concurrent": 1}) as host:
         running = await host.submit(script="trap 'echo bye; exit 0' TERM; echo up; sleep 60 & wait")
         await host.wait_running(running)
-        async with asyncio.timeout(DEADLINE_S):
-            while await host.output(running) != "up\n":  # the trap is set
-                await asyncio.sleep(0.01)
+        await host.until_shown(f"/tasks/{running}/logs", lambda chunk: chunk["text"] == "up\n")  # the trap is set
         waiting = await host.submit(command="true")
         assert (await host.post(f"/tasks/{waiting}/cancel"))["state"] == "cancelled"
         assert (await host.post(f"/tasks/{running}/cancel"))["is_stopping"] is True
@@ -137,9 +139,7 @@ async def test_progress_reaches_the_task(host: AgentProcess, tmp_path: Path) -> 
     gate = Gate(tmp_path / "gate")
     script = f'echo "40 half way" >"$REMOTEGPU_PROGRESS"; {gate.wait}; echo "100 done" >>"$REMOTEGPU_PROGRESS"'
     task_id = await host.submit(script=script)
-    async with asyncio.timeout(DEADLINE_S):
-        while (detail := await host.get(f"/tasks/{task_id}"))["progress_percent"] is None:
-            await asyncio.sleep(0.02)
+    detail = await host.until_shown(f"/tasks/{task_id}", lambda task: task["progress_percent"] is not None)
     assert (detail["progress_percent"], detail["progress_message"]) == (40.0, "half way")
     gate.open()
     detail = await host.wait_for(task_id)

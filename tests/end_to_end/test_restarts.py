@@ -6,21 +6,14 @@ import asyncio
 import os
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.end_to_end.agent_process import DEADLINE_S, AgentProcess, agent
+from tests.end_to_end.agent_process import AgentProcess, agent
 from tests.end_to_end.gates import Gate
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for a fact about other processes, which tell nobody."""
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0.01)
+from tests.waiting import DEADLINE_S, until
 
 
 def is_gone(pid: int) -> bool:
@@ -165,8 +158,7 @@ async def test_f07_twenty_kills_while_sixty_tasks_run(tmp_path: Path) -> None:
 
 async def _some_progress(host: AgentProcess, round_no: int) -> None:
     """Let the agent finish a few more tasks, a different number each time."""
-    async with asyncio.timeout(DEADLINE_S):
-        while True:
-            tasks = (await host.get("/queue/status"))["tasks"]
-            if tasks["completed"] + tasks["failed"] >= min(2 * round_no + round_no % 3, 58):
-                return
+    enough = min(2 * round_no + round_no % 3, 58)
+    await host.until_shown(
+        "/queue/status", lambda status: status["tasks"]["completed"] + status["tasks"]["failed"] >= enough
+    )

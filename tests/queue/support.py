@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from remotegpu_queue import outbox, units
 from remotegpu_queue.outbox import Report
-from remotegpu_queue.rows import Attempt, Origin
+from remotegpu_queue.rows import Origin
 from remotegpu_queue.store import Failed, connect, migrate, run_batch
 from remotegpu_queue.transitions import AfterRun, Outcome
 from remotegpu_queue.units import ClaimResult, NewAttempt
@@ -36,10 +35,12 @@ def open_inline(path: Path) -> sqlite3.Connection:
 
 
 def make_task(task_id: str, *, priority: int = 5, resources: Resources | None = None, **more: Any) -> Task:
+    """A task that runs `true`."""
     return Task(id=task_id, command="true", priority=priority, resources=resources or Resources(), **more)
 
 
 def new_attempt(task_id: str, attempt_id: str, origin: Origin = "local", **more: Any) -> NewAttempt:
+    """An attempt; a claimed one has a lease of 300 s."""
     lease = None
     if origin == "control_plane":
         lease = Lease(ttl_s=300.0, deadline_boottime_ns=300 * S, boot_id=BOOT)
@@ -52,24 +53,29 @@ def submit(db: sqlite3.Connection, *ids: str, **more: Any) -> None:
 
 
 def claim(db: sqlite3.Connection, task_id: str, attempt_id: str, **more: Any) -> ClaimResult:
+    """One claimed attempt."""
     return units.add_claims(db, [new_attempt(task_id, attempt_id, "control_plane", **more)], NOW_MS)[0]
 
 
 def begin(db: sqlite3.Connection, attempt_id: str) -> RunNo:
+    """Begin the next run."""
     return units.begin_run(db, AttemptId(attempt_id), NOW_MS)[1]
 
 
 def process(pid: int = 100, boot_id: str = BOOT) -> ProcessIdentity:
+    """A process of this boot."""
     return ProcessIdentity(boot_id=boot_id, pid=pid, start_ticks=7)
 
 
 def started(
     db: sqlite3.Connection, attempt_id: str, run_no: int = 1, pid: int = 100, report: outbox.Body | None = None
 ) -> None:
+    """Store the identity of a run's process."""
     units.run_started(db, AttemptId(attempt_id), RunNo(run_no), process(pid), NOW_MS, report)
 
 
 def stop(db: sqlite3.Connection, attempt_id: str, cause: Cause, run_no: int = 1) -> Cause:
+    """Ask a run to stop."""
     return units.request_stop(db, AttemptId(attempt_id), RunNo(run_no), cause)
 
 
@@ -84,6 +90,7 @@ def end(
     ready_ns: int = 0,
     drop_reports: bool = False,
 ) -> TaskState:
+    """End a run; it succeeds unless it is said otherwise."""
     return units.run_ended(
         db,
         AttemptId(attempt_id),
@@ -105,6 +112,7 @@ def end_waiting(
     cause: Cause = Cause.CANCELLED,
     report: tuple[outbox.ReportKind, outbox.Body, str] | None = None,
 ) -> None:
+    """End an attempt that has no process."""
     units.end_waiting(db, AttemptId(attempt_id), cause, "because", 143, NOW_MS, report)
 
 
@@ -116,6 +124,7 @@ def report(
 
 
 def due(db: sqlite3.Connection, now_ns: int = 0, limit: int = 100) -> list[Report]:
+    """The reports that are due."""
     return outbox.due_reports(db, now_ns, limit)[0]
 
 
@@ -132,7 +141,3 @@ def dump(db: sqlite3.Connection) -> dict[str, list[tuple[Any, ...]]]:
     """Everything that the database holds, for `nothing was changed`."""
     tables = [row[0] for row in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table' AND sql <> ''")]
     return {table: [tuple(row) for row in db.execute(f"SELECT * FROM {table}")] for table in tables}
-
-
-def states_of(attempts: Sequence[Attempt | None]) -> list[TaskState | None]:
-    return [attempt.state if attempt is not None else None for attempt in attempts]

@@ -53,7 +53,7 @@ def test_endless_lease_is_cut(ttl_s: float) -> None:
 
 @given(st.floats(0, 0.999999), st.integers(-100, 10_000))
 def test_ttl_until_is_never_too_long(cut_off_s: float, left_s: int) -> None:
-    """The Date header is cut to whole seconds: what is left is never more than it truly was when the answer was written."""
+    """The Date header is cut to whole seconds: what is left is never more than it truly was at that moment."""
     written_at = _ANSWERED + timedelta(seconds=cut_off_s)
     expires_at = _ANSWERED + timedelta(seconds=left_s)
     ttl_s = leasing.ttl_until(expires_at, _ANSWERED)
@@ -86,7 +86,7 @@ def test_ttl_until_across_time_zones() -> None:
 def test_ttl_of_a_claim(
     stated_s: float | None, expires_at: datetime | None, answered_at: datetime | None, expected: tuple[float, bool]
 ) -> None:
-    """The stated ttl, else the expiry on the plane's clock, else the default; only the expiry counts from the last sending."""
+    """The stated ttl, else the expiry on the plane's clock, else the default; the expiry counts from the last try."""
     assert leasing.claimed_ttl_s(stated_s, expires_at, answered_at, 300.0) == expected
 
 
@@ -100,7 +100,7 @@ def test_renewal_comes_three_times_in_a_lease(ttl_s: float, interval_s: float, f
 
 @given(_TTLS, st.integers(0, 10_000), _FRACTIONS)
 def test_failed_renewal_is_tried_often_but_not_without_pause(ttl_s: float, failures: int, fraction: float) -> None:
-    """However long the outage: at least 50 ms, at most 15 s and, for leases above half a second, a tenth of the lease."""
+    """However long the outage: at least 50 ms, at most 15 s and, above half a second, a tenth of the lease."""
     pause_s = leasing.renew_again_after_s(ttl_s, failures, fraction)
     assert 0.05 <= pause_s <= 15.0
     assert pause_s <= max(0.05, ttl_s / 10)

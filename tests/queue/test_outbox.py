@@ -19,7 +19,7 @@ def test_order_within_an_attempt_parallel_across(db: sqlite3.Connection) -> None
     """Of each attempt the oldest report is due, of all attempts at once; the next one when it is delivered."""
     for name in ("a1", "a2"):
         for kind in ("start", "progress", "complete"):
-            report(db, name, kind)  # type: ignore[arg-type]
+            report(db, name, kind)
     assert _kinds(db) == [("a1", "start"), ("a2", "start")]
     outbox.report_delivered(db, due(db)[0])
     assert sorted(_kinds(db)) == [("a1", "progress"), ("a2", "start")]
@@ -63,7 +63,7 @@ def test_dead_letter_is_kept_and_lets_the_rest_go_on(db: sqlite3.Connection) -> 
 def test_dropping(db: sqlite3.Connection) -> None:
     """One report is dropped alone, all of an attempt together; dead letters stay; repeating is safe."""
     for kind in ("start", "progress", "complete"):
-        report(db, "a1", kind)  # type: ignore[arg-type]
+        report(db, "a1", kind)
     first = due(db)[0]
     outbox.drop_report(db, first.id)
     outbox.drop_report(db, first.id)

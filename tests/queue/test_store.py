@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sqlite3
 import stat
@@ -16,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from remotegpu_queue import store as store_module
 from remotegpu_queue.store import Store, StoreUnavailable, connect, run_batch, thread_executor
 from remotegpu_schemas import limits
 from remotegpu_schemas.errors import Misconfigured
@@ -357,7 +355,7 @@ async def test_f36_second_agent_is_refused(store: Store, tmp_path: Path) -> None
         "asyncio.run(Store.open(pathlib.Path(sys.argv[1])))\n"
     )
     other = [sys.executable, "-c", script, str(tmp_path / "state")]
-    done = subprocess.run(other, timeout=60, capture_output=True, text=True, check=False)
+    done = await asyncio.to_thread(subprocess.run, other, timeout=60, capture_output=True, text=True, check=False)
     assert "Misconfigured: another agent is running" in done.stderr
     await store.close()
     again = await Store.open(tmp_path / "state")
@@ -413,7 +411,7 @@ async def test_damaged_page_is_told_apart(tmp_path: Path) -> None:
 
 async def test_no_write_ahead_log_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where SQLite cannot log ahead (an in-memory database stands for such a file system) the store does not open."""
-    monkeypatch.setattr(store_module.sqlite3, "connect", lambda *_args, **_options: _memory())
+    monkeypatch.setattr(sqlite3, "connect", lambda *_args, **_options: _memory())
     with pytest.raises(Misconfigured, match="write-ahead"):
         await Store.open(tmp_path)
 
@@ -450,13 +448,15 @@ asyncio.run(main())
 @pytest.mark.parametrize("kill_after", [1, 50, 400])
 async def test_killed_process_loses_no_reported_commit(tmp_path: Path, kill_after: int) -> None:
     """After SIGKILL in the middle of writing, every write that was reported as done is in the database."""
-    child = subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _WRITER, str(tmp_path), stdout=asyncio.subprocess.PIPE
+    )
     assert child.stdout is not None
-    reported = {child.stdout.readline().strip() for _ in range(kill_after)}
-    os.kill(child.pid, signal.SIGKILL)
-    reported |= set(child.stdout.read().rpartition("\n")[0].splitlines())
-    child.wait(30)
-    child.stdout.close()
+    said = b"".join([await child.stdout.readline() for _ in range(kill_after)])
+    child.kill()
+    said += await child.stdout.read()
+    assert await child.wait() == -signal.SIGKILL
+    reported = set(said.decode().rpartition("\n")[0].splitlines())
     opened = await Store.open(tmp_path)
     assert reported <= await opened.read(_all_keys)
     assert await opened.read(_pragma("integrity_check")) == "ok"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import http.client
@@ -251,15 +252,12 @@ def _http_check(config: Config, options: Globals, parts: urllib.parse.SplitResul
         token = read_control_plane_token(config, options.environ)
         connection = _open(config, parts, port)
         body = {"agent_id": config.agent.id or "remotegpu-doctor", "attempt_id": "remotegpu-doctor", "extend_sec": 1}
-        connection.request(
-            "POST",
-            parts.path.rstrip("/") + "/api/v1/agent/tasks/remotegpu-doctor/lease/renew",
-            body=json.dumps(body),
-            headers={"Content-Type": "application/json", "X-Agent-Token": token, "Authorization": f"Bearer {token}"},
-        )
-        response = connection.getresponse()
-        answer = response.read(1 << 20)
-        connection.close()
+        headers = {"Content-Type": "application/json", "X-Agent-Token": token, "Authorization": f"Bearer {token}"}
+        path = parts.path.rstrip("/") + "/api/v1/agent/tasks/remotegpu-doctor/lease/renew"
+        with contextlib.closing(connection):
+            connection.request("POST", path, body=json.dumps(body), headers=headers)
+            response = connection.getresponse()
+            answer = response.read(1 << 20)
     except ValueError:
         return  # no usable token; reported with the config already
     except ssl.SSLError as error:

@@ -31,6 +31,7 @@ class Patience:
 
     def __init__(self) -> None:
         self._away_since: float | None = None
+        self._lock = threading.Lock()
 
     def is_back(self) -> None:
         """The agent answers: the next absence is a new one."""
@@ -44,15 +45,21 @@ class Patience:
         except (Unreachable, RefusedByAgent) as error:
             if isinstance(error, RefusedByAgent) and error.business_code != UNAVAILABLE:
                 raise
-            now = time.monotonic()
-            if self._away_since is None:
-                self._away_since = now
-                say(f"{error}. Trying again for {_RECONNECT_FOR_S:.0f} s; the task goes on meanwhile.")
-            if now - self._away_since > _RECONNECT_FOR_S:
+            if self._absence_s(error) > _RECONNECT_FOR_S:
                 raise
             time.sleep(_RECONNECT_PAUSE_S)
         else:
             self.is_back()
+
+    def _absence_s(self, error: Exception) -> float:
+        """For how long the agent has been away; says so when that is news."""
+        now = time.monotonic()
+        with self._lock:
+            is_news = self._away_since is None
+            since = self._away_since = now if self._away_since is None else self._away_since
+        if is_news:
+            say(f"{error}. Trying again for {_RECONNECT_FOR_S:.0f} s; the task goes on meanwhile.")
+        return now - since
 
 
 def wait_for(client: Client, detail: Json) -> Json:

@@ -83,7 +83,9 @@ def setup(
         if path.exists() and _prompt(f"{path} exists. Replace it (the old one is kept as .bak)? [y/N]") not in _YES:
             raise Stop(Exit.FAILED, "nothing was changed")
         given = _ask(given)
-    given = replace(given, url=given.url or None, machine_id=given.machine_id or None, token=given.token or None)
+    given = replace(
+        given, url=given.url or None, machine_id=given.machine_id or None, token=(given.token or "").strip() or None
+    )
     text = given.text(path)
     _check_draft(given, path, text)
     _check(path, _write(path, text, given.token), options)

@@ -61,8 +61,7 @@ ORDER BY seq;
 -- name: start_attempt
 UPDATE attempts
 SET state = :new_state, run_no = :run_no, started_at_ms = coalesce(started_at_ms, :now_ms), ready_boottime_ns = 0
-WHERE attempt_id = :attempt_id AND state = :state AND run_no = :run_no - 1
-RETURNING *;
+WHERE attempt_id = :attempt_id AND state = :state AND run_no = :run_no - 1;
 
 -- name: add_run
 INSERT INTO runs (attempt_id, run_no, state, created_at_ms) VALUES (:attempt_id, :run_no, 'starting', :now_ms);

@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import TracebackType
+from typing import Any, AnyStr, Final
 
 from tests.agent.cli.scripted_agent import DEADLINE_S
 
@@ -37,19 +38,30 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, "LC_ALL": "C.UTF-8", "TERM": "xterm", **changes}
 
 
-class _Program(subprocess.Popen[str]):
+class Program(subprocess.Popen[AnyStr]):
     """A process that a failing test does not wait for."""
 
-    def __exit__(self, *error: object) -> None:
-        if error[0] is not None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
             self.kill()
-        super().__exit__(*error)
+        super().__exit__(kind, error, trace)
 
 
-def process(*arguments: object, environ: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+_PIPES: Final[dict[str, Any]] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+
+
+def process(*arguments: object, environ: Mapping[str, str] | None = None, **options: Any) -> Program[str]:
     """The program as a process of its own, with pipes."""
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return _Program([*PROGRAM, *map(str, arguments)], env=environment(**(environ or {})), **{**pipes, **options})
+    whole: dict[str, Any] = {**_PIPES, "text": True, "env": environment(**(environ or {})), **options}
+    return Program([*PROGRAM, *map(str, arguments)], **whole)
+
+
+def process_of_bytes(*arguments: object, environ: Mapping[str, str] | None = None) -> Program[bytes]:
+    """The same, with pipes that hand over what came at once, as it is."""
+    whole: dict[str, Any] = {**_PIPES, "bufsize": 0, "env": environment(**(environ or {}))}
+    return Program([*PROGRAM, *map(str, arguments)], **whole)
 
 
 def run(*arguments: object, environ: Mapping[str, str] | None = None, **options: Any) -> Ended:
@@ -61,7 +73,7 @@ def run(*arguments: object, environ: Mapping[str, str] | None = None, **options:
         return ended(child, text)
 
 
-def ended(child: subprocess.Popen[str], text: str | None = None) -> Ended:
+def ended(child: Program[str], text: str | None = None) -> Ended:
     """What a process left, once it has ended."""
     try:
         out, err = child.communicate(text, timeout=DEADLINE_S)

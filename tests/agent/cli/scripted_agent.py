@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from remotegpu_agent.api import ApiServer, ApiSettings
 from remotegpu_agent.audit import AuditLog
@@ -56,7 +56,7 @@ class ScriptedOperations(FakeOperations):
 
     def add(self, task_id: str, state: TaskState = TaskState.RUNNING, runs: int = 1, **changes: Any) -> None:
         """A task with so many runs."""
-        values = {**task_view(state).model_dump(), "id": task_id, **changes}
+        values: dict[str, Any] = {**task_view(state).model_dump(), "id": task_id, **changes}
         values["task"], values["runs"] = {"command": "train"}, [run_view(number + 1) for number in range(runs)]
         self.details[task_id] = TaskDetail(**values)
         self.change()
@@ -141,13 +141,14 @@ class ScriptedOperations(FakeOperations):
         """As it says."""
         self._called("follow_log", task_id=task_id, stream=stream, offset=offset, run_no=run_no)
         while True:
+            changed = self._changed  # of before the look: what changes while the chunk is on its way counts
             chunk = self._chunk(task_id, stream, offset, 1 << 20, run_no)
             offset = chunk.next_offset
             if chunk.text or chunk.is_end:
                 yield chunk
             if chunk.is_end:
                 return
-            await self._changed.wait()
+            await changed.wait()
 
     def _chunk(self, task_id: str, stream: Stream, offset: int, limit: int, run_no: int | None) -> LogChunk:
         detail = self._find(task_id)
@@ -223,8 +224,9 @@ class LiveAgent:
             await server.start()
             return server
 
-        self._server = self._run(start())
-        self._listen = str(self._server.endpoints.url).removeprefix("http://")
+        server: ApiServer = self._run(start())
+        self._server = server
+        self._listen = str(server.endpoints.url).removeprefix("http://")
 
     def stop(self) -> None:
         """Serve no more; the tasks stay."""
@@ -256,7 +258,7 @@ class LiveAgent:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(DEADLINE_S)
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[LiveAgent]:
+    def running(self) -> Generator[Self]:
         """The thread's life."""
         self._thread.start()
         try:

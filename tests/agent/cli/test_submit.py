@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from remotegpu_agent.cli.following import describe_end, exit_code_of, worst
 from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.states import Cause, TaskState
 from remotegpu_schemas.task import Task
-from tests.agent.cli.program import Cli, Ended, ended, process, run
+from tests.agent.cli.program import Cli, Ended, ended, process, process_of_bytes, run
 from tests.agent.cli.scripted_agent import LiveAgent, ScriptedOperations
 from tests.agent.cli.test_app import Garbage
 
@@ -85,7 +85,7 @@ def test_command(agent: LiveAgent, local: Cli, tmp_path: Path, monkeypatch: pyte
     )  # fmt: skip
     task = only(agent)
     assert (found.code, found.out, found.err) == (0, f"{task.id}\n", "")
-    assert (task.command, list(task.args)) == ("python", ["-m", "x", "--json", "--wait", "--", "a b", ""])
+    assert (task.command, list(task.args or ())) == ("python", ["-m", "x", "--json", "--wait", "--", "a b", ""])
     assert (task.name, task.priority, task.resources.gpus, task.timeout_s) == ("n 1", 3, 2, 5400.0)
     assert (dict(task.env), task.workdir) == ({"A": "b=c", "E": ""}, str(tmp_path))
 
@@ -94,7 +94,7 @@ def test_text_is_not_interpreted(agent: LiveAgent, local: Cli) -> None:
     """What looks like a number or like YAML in a command stays what was typed."""
     local("submit", "--name", "007", "--env", "V=1.10", "--", "echo", "1.0", "null", "{a: b}", "größe", "\n\t")
     task = only(agent)
-    assert (task.name, dict(task.env), list(task.args)) == (
+    assert (task.name, dict(task.env), list(task.args or ())) == (
         "007",
         {"V": "1.10"},
         ["1.0", "null", "{a: b}", "größe", "\n\t"],
@@ -290,19 +290,20 @@ def test_worst_and_words() -> None:
 def test_follow(agent: LiveAgent, good: Path) -> None:
     """--follow shows both streams as they come, as they are, and ends as the task does."""
     environ = {"REMOTEGPU_AGENT_SOCKET": str(agent.socket)}
-    with process("submit", "--follow", good, environ=environ, bufsize=0, text=False) as child:
+    with process_of_bytes("submit", "--follow", good, environ=environ) as child:
         assert child.stdout is not None
         assert child.stderr is not None
         agent.wait_called("show_task")
         agent.do(lambda operations: operations.start_run("t1"))
         for number in range(3):
-            agent.do(lambda operations, n=number: operations.write("t1", b"out %d\r" % n))
-            assert child.stdout.read(6) == b"out %d\r" % number
-            agent.do(lambda operations, n=number: operations.write("t1", b"err %d\n" % n, "stderr"))
+            out, err = b"out %d\r" % number, b"err %d\n" % number
+            agent.do(partial(ScriptedOperations.write, task_id="t1", data=out))
+            assert child.stdout.read(6) == out
+            agent.do(partial(ScriptedOperations.write, task_id="t1", data=err, stream="stderr"))
             line = child.stderr.readline()
             while line.startswith(b"task t1"):
                 line = child.stderr.readline()
-            assert line == b"err %d\n" % number
+            assert line == err
         agent.do(lambda operations: operations.write("t1", "größe \x1b[31m no newline".encode()))
         agent.do(lambda operations: operations.end("t1", TaskState.FAILED, cause=Cause.EXIT_CODE, exit_code=4))
         assert child.stdout.read() == "größe \x1b[31m no newline".encode()
@@ -352,4 +353,3 @@ def test_follow_into_a_closed_pipe(agent: LiveAgent, good: Path) -> None:
         assert child.wait(20) == 125
         assert child.stderr is not None
         assert child.stderr.read() == "task t1\n"
-    assert os.path.exists(good)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
+import subprocess
+
 import pytest
 
 from remotegpu_agent.cli import output
+from remotegpu_schemas.api import ControlPlaneStatus, QueueStatus
 from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.states import Cause, TaskState
-from tests.agent.cli.program import Cli
-from tests.agent.cli.scripted_agent import LiveAgent
+from tests.agent.cli.program import PROGRAM, Cli, environment
+from tests.agent.cli.scripted_agent import DEADLINE_S, LiveAgent
 
 
 @pytest.fixture
@@ -168,3 +174,54 @@ def test_times() -> None:
     """Ages and spans are between two moments; a clock that was set back makes none negative."""
     assert output.age("2026-02-05T12:00:00Z", "2026-02-05T12:03:05Z") == "3m05s"
     assert output.age("2026-02-05T12:00:00Z", "2026-02-05T11:00:00Z") == "0s"
+
+
+# --- on a terminal -------------------------------------------------------------------------------------------------
+
+
+def on_a_terminal(agent: LiveAgent, *arguments: str, **environ: str) -> str:
+    """What the program draws on a terminal of 100 columns."""
+    screen, terminal = pty.openpty()
+    whole = environment(REMOTEGPU_AGENT_SOCKET=str(agent.socket), COLUMNS="100", **environ)
+    with subprocess.Popen([*PROGRAM, *arguments], stdin=terminal, stdout=terminal, env=whole) as child:
+        os.close(terminal)
+        shown = b""
+        with contextlib.suppress(OSError):  # EIO: the program has gone (pty(7))
+            while piece := os.read(screen, 65536):
+                shown += piece
+        os.close(screen)
+        assert child.wait(DEADLINE_S) == 0
+    return shown.decode()
+
+
+@pytest.mark.parametrize("verb", ["list", "status"])
+def test_colours_on_a_terminal(tasks: LiveAgent, verb: str) -> None:
+    """A terminal gets colours, unless --no-color, NO_COLOR or TERM=dumb says otherwise."""
+    assert "\x1b[3" in on_a_terminal(tasks, verb)
+    assert "\x1b" not in on_a_terminal(tasks, "--no-color", verb)
+    assert "\x1b" not in on_a_terminal(tasks, verb, NO_COLOR="1")
+    assert "\x1b" not in on_a_terminal(tasks, verb, TERM="dumb")
+
+
+def test_status_with_a_plane(tasks: LiveAgent, local: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with the control plane and with reports stands in `status`."""
+    operations = tasks.operations
+    ordinary = operations.queue_status
+
+    async def degraded() -> QueueStatus:
+        plane = ControlPlaneStatus(
+            url="http://plane",
+            is_connected=False,
+            is_registered=False,
+            last_contact_at="2026-02-05T12:00:00Z",
+            error="connection refused",
+        )
+        changes = {"state": "degraded", "reasons": ["disk is full"], "dead_letters": 2, "control_plane": plane}
+        return (await ordinary()).model_copy(update=changes)
+
+    monkeypatch.setattr(operations, "queue_status", degraded)
+    shown = local("status").out
+    assert shown.startswith("state          degraded\n               - disk is full\n")
+    assert "problem: not connected, last contact " in shown
+    assert "connection refused" in shown
+    assert "problem: 2 refused for good (dead letters)" in shown

@@ -1,0 +1,226 @@
+"""`doctor`: what is wrong with host, config, control plane and agent, against a real small HTTP server."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.agent.cli.program import Cli, run
+from tests.agent.cli.scripted_agent import DEADLINE_S, LiveAgent
+
+TOKEN = "hush-hush"
+
+
+class Plane:
+    """A control plane that gives one answer to everything, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.status, self.body = 404, json.dumps({"code": 30004, "message": "task not found", "data": None}).encode()
+        self.asked: list[tuple[str, dict[str, str], bytes]] = []
+        plane = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            """Answers."""
+
+            def do_POST(self) -> None:
+                """As it says."""
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                plane.asked.append((self.path, dict(self.headers), body))
+                self.send_response(plane.status)
+                self.send_header("Content-Length", str(len(plane.body)))
+                self.end_headers()
+                self.wfile.write(plane.body)
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class calls it so
+                """Nothing."""
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def start(self) -> None:
+        """Serve."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Serve no more."""
+        self._server.shutdown()
+        self._thread.join(DEADLINE_S)
+        self._server.server_close()
+
+
+@pytest.fixture
+def plane() -> Iterator[Plane]:
+    """A control plane."""
+    plane = Plane()
+    plane.start()
+    yield plane
+    plane.stop()
+
+
+@pytest.fixture
+def config(short_dir: Path) -> Path:
+    """A stand-alone config in the test's own directory."""
+    path = short_dir / "config.yaml"
+    path.write_text(
+        f"agent: {{state_dir: {short_dir}}}\napi: {{listen: '127.0.0.1:0', socket: {short_dir}/agent.sock}}\n"
+    )
+    return path
+
+
+@pytest.fixture
+def enrolled(config: Path, plane: Plane) -> Path:
+    """The same with the control plane."""
+    token = config.parent / "token"
+    token.write_text(TOKEN)
+    token.chmod(0o600)
+    config.write_text(config.read_text() + f"control_plane: {{url: {plane.url}/base, token_file: {token}}}\n")
+    return config
+
+
+def checks(cli: Cli, config: Path, code: int = 0) -> dict[str, dict[str, Any]]:
+    """The findings by subject, from one JSON document."""
+    found = cli("doctor", "--json", "--config", config)
+    document = found.json()
+    assert (found.code, found.err) == (code, "")
+    assert (document["problems"] > 0) == (code == 1)
+    assert TOKEN not in found.out
+    return {check["subject"]: check for check in document["checks"]}
+
+
+def test_stand_alone(cli: Cli, config: Path) -> None:
+    """A good host without a running agent has no problem; that nobody runs is a warning."""
+    found = checks(cli, config)
+    assert {found[subject]["level"] for subject in ("python", "kernel", "bash", "config", "state directory")} == {"ok"}
+    assert found["agent"]["level"] == "warning"
+    assert found["control plane"]["text"] == "none is set: a stand-alone agent for local tasks"
+
+
+def test_text(config: Path) -> None:
+    """For people each finding is a line, and the sum goes to standard error."""
+    found = run("doctor", "--config", config)
+    assert found.code == 0
+    assert found.out.startswith("ok       python: ")
+    assert found.err == "0 problems, 1 warning.\n"
+
+
+def test_running_agent(agent: LiveAgent, cli: Cli, config: Path) -> None:
+    """A running agent is asked for its version; its port is its own."""
+    found = checks(cli, config)
+    assert found["agent"] == {"subject": "agent", "level": "ok", "text": "runs, version 0.1.0, ready", "mend": ""}
+    assert "api.listen" not in found
+
+
+def test_taken_port(cli: Cli, config: Path) -> None:
+    """A port that somebody else has is a problem."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        text = config.read_text().replace("127.0.0.1:0", f"127.0.0.1:{other.getsockname()[1]}")
+        config.write_text(text)
+        found = checks(cli, config, code=1)
+    assert found["api.listen"]["level"] == "problem"
+    assert "Address already in use" in found["api.listen"]["text"]
+
+
+def test_invalid_config(cli: Cli, config: Path) -> None:
+    """A config with mistakes is one finding among the others."""
+    config.write_text("log: {levl: x}\n")
+    found = checks(cli, config, code=1)
+    assert "unknown key 'levl'" in found["config"]["text"]
+    assert "python" in found
+
+
+@pytest.mark.parametrize("content", [b"\x00\xff", b"a: [", b"- x"])
+def test_garbage_config(cli: Cli, config: Path, content: bytes) -> None:
+    """Whatever the config holds, the doctor goes on."""
+    config.write_bytes(content)
+    assert checks(cli, config, code=1)["config"]["level"] == "problem"
+
+
+def test_missing_config(cli: Cli, tmp_path: Path) -> None:
+    """A config that is not there is a problem, and no reason to stop."""
+    assert checks(cli, tmp_path / "none.yaml", code=1)["config"]["level"] == "problem"
+
+
+def test_plane(cli: Cli, enrolled: Path, plane: Plane) -> None:
+    """A plane that does not know the task has taken the token; the call names a task that cannot exist."""
+    found = checks(cli, enrolled)
+    assert found["control plane"]["text"] == f"{plane.url}/base answers and takes the token"
+    ((path, headers, _body),) = plane.asked
+    assert path == "/base/api/v1/agent/tasks/remotegpu-doctor/lease/renew"
+    assert (headers["X-Agent-Token"], headers["Authorization"]) == (TOKEN, f"Bearer {TOKEN}")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "level", "text"),
+    [
+        (200, b'{"code": 30004, "message": "x"}', "ok", "answers and takes the token"),
+        (200, b'{"code": 0, "data": {}}', "ok", "answers and takes the token"),
+        (401, b"no", "problem", "refuses the token (HTTP 401)"),
+        (403, b"{}", "problem", "refuses the token (HTTP 403)"),
+        (200, b'{"code": 401}', "problem", "refuses the token (HTTP 200)"),
+        (200, b"<html>", "warning", "answers HTTP 200, but not as a control plane"),
+        (404, b"\x00\xff", "warning", "answers HTTP 404, but not as a control plane"),
+        (200, b"[" * 99999, "warning", "but not as a control plane"),
+        (500, b'{"code": 30099}', "warning", "answers with an internal error"),
+    ],
+)
+def test_answers_of_a_plane(
+    cli: Cli, enrolled: Path, plane: Plane, status: int, body: bytes, level: str, text: str
+) -> None:
+    """Every kind of answer has its own finding."""
+    plane.status, plane.body = status, body
+    found = checks(cli, enrolled, code=1 if level == "problem" else 0)["control plane"]
+    assert found["level"] == level
+    assert text in found["text"]
+    assert found["mend"] or level == "ok"
+
+
+def test_closed_port(cli: Cli, enrolled: Path, plane: Plane) -> None:
+    """A plane that takes no connection is a problem."""
+    closed = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    closed.close()
+    enrolled.write_text(enrolled.read_text().replace(plane.url, url))
+    found = checks(cli, enrolled, code=1)["control plane"]
+    assert "takes no connection on port" in found["text"]
+    assert "Connection refused" in found["text"]
+
+
+def test_what_is_no_http(cli: Cli, enrolled: Path, plane: Plane) -> None:
+    """A plane that does not speak HTTP, or hangs up, is a problem."""
+    from tests.agent.cli.test_app import Garbage
+
+    with Garbage(b"\x00\xff\r\n") as server:
+        enrolled.write_text(enrolled.read_text().replace(plane.url, server.url))
+        found = checks(cli, enrolled, code=1)["control plane"]
+    assert "does not speak HTTP as it should" in found["text"]
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", f"{'x' * 70}.example"])
+def test_host_without_address(cli: Cli, enrolled: Path, plane: Plane, host: str) -> None:
+    """A name without an address is a problem of the name."""
+    enrolled.write_text(enrolled.read_text().replace(plane.url, f"http://{host}"))
+    assert f"{host} has no address" in checks(cli, enrolled, code=1)["control plane"]["text"]
+
+
+def test_no_token(cli: Cli, enrolled: Path) -> None:
+    """A missing token is one problem, told once."""
+    (enrolled.parent / "token").unlink()
+    found = checks(cli, enrolled, code=1)
+    assert "cannot read" in found["control_plane.token_file"]["text"]
+    assert "control plane" not in found
+
+
+def test_open_secrets(cli: Cli, enrolled: Path) -> None:
+    """A token that others can read is a warning with its mend."""
+    token = enrolled.parent / "token"
+    token.chmod(0o644)
+    found = checks(cli, enrolled)["secrets"]
+    assert (found["level"], found["mend"]) == ("warning", f"chmod 600 {token}")
