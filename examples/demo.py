@@ -184,6 +184,7 @@ def _watch(plane: Plane, agent: Client, names: dict[str, str]) -> dict[str, Any]
     """Show the output of each task from its start; the tasks as the plane has them once all have ended."""
     followed: dict[str, threading.Thread] = {}
     give_up_at = time.monotonic() + TASKS_TIMEOUT_S
+    tasks: dict[str, Any] = {}
     while time.monotonic() < give_up_at:
         for task in agent.get("/tasks", [("limit", 200)])["tasks"]:
             if task["id"] in names and task["id"] not in followed and task["run_no"] > 0:
@@ -196,7 +197,7 @@ def _watch(plane: Plane, agent: Client, names: dict[str, str]) -> dict[str, Any]
                 thread.join(10)
             return tasks
         time.sleep(_POLL_S)
-    open_names = [names[task_id] for task_id in names if tasks[task_id]["status"] not in {"completed", "failed"}]
+    open_names = [names[task_id] for task_id, task in tasks.items() if task["status"] not in {"completed", "failed"}]
     raise DemoError(f"not ended within {TASKS_TIMEOUT_S:g} s: {', '.join(open_names)}")
 
 

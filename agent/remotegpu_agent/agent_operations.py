@@ -226,4 +226,4 @@ class AgentOperations:
             return None
         if attempt.attempt_id in self.executor.active:
             return "is being started"
-        return self.dispatcher.reason(attempt.attempt_id) or "waits behind tasks that are more urgent or older"
+        return self.dispatcher.reason(attempt)

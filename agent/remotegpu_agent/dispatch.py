@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 
 from remotegpu_agent.clock import Clock
 from remotegpu_agent.executor import Executor
 from remotegpu_queue import scheduling, views
-from remotegpu_queue.scheduling import Capacity, Plan, Waiting
+from remotegpu_queue.rows import Attempt
+from remotegpu_queue.scheduling import Capacity, Waiting
 from remotegpu_queue.store import Store
 from remotegpu_schemas.attempt import AttemptId
 
-_LOOK_FIRST: Final = 32
-_LOOK_MAX: Final = 32_768
-"""Waiting tasks that one decision looks at; those behind them wait behind at least as many others."""
+_LOOK_AHEAD: Final = 32
+"""So many waiting tasks more than slots are looked at; those that are delayed or never fit do not count."""
 
 
 class Dispatcher:
@@ -43,11 +43,17 @@ class Dispatcher:
         """What is free now, not counting what waits."""
         return self.capacity.minus_all(active.resources for active in self._executor.active.values())
 
-    def reason(self, attempt_id: AttemptId) -> str | None:
-        """Why a waiting attempt does not run, as of the last decision; nobody decides while all slots are taken."""
+    def reason(self, attempt: Attempt) -> str:
+        """Why a waiting attempt does not run now."""
+        wait_ns = attempt.ready_boottime_ns - self._clock.boottime_ns()
+        if wait_ns > 0:
+            return scheduling.delayed(wait_ns)
+        impossible = scheduling.never_fits(attempt.task.resources, self.capacity)
+        if impossible is not None:
+            return impossible
         if self.free().slots < 1:
             return f"all {self.capacity.slots} slots are taken (capacity.max_concurrent)"
-        return self._reasons.get(attempt_id)
+        return self._reasons.get(attempt.attempt_id) or "waits behind tasks that are more urgent or older"
 
     async def run(self) -> None:
         """Decide for ever."""
@@ -58,44 +64,33 @@ class Dispatcher:
             await self._wait_until(next_ready_ns)
 
     async def decide(self) -> int | None:
-        """One decision: start what fits. Returns when a delay ends (CLOCK_BOOTTIME ns), if one does.
+        """One decision: start what fits. Returns when a delay ends (CLOCK_BOOTTIME ns), if one does."""
+        if self.free().slots < 1:
+            return None  # whoever frees one wakes this loop
+        now_ns, limit = self._clock.boottime_ns(), self.capacity.slots + _LOOK_AHEAD
 
-        Looks further down the queue only where those in front neither start nor block the others.
-        """
-        look = _LOOK_FIRST
-        while True:
-            if self.free().slots < 1:
-                return None  # whoever frees one wakes this loop
-            waiting = await self._store.read(partial(views.waiting, limit=look))
-            plan, self.has_blocked = self._plan(waiting)
-            self._reasons = plan.reasons
-            by_id = {item.attempt_id: item for item in waiting}
-            for attempt_id in plan.starts:
-                item = by_id[attempt_id]
-                self._executor.start(attempt_id, item.task_id, item.resources)
-            if self.has_blocked or len(waiting) < look or look >= _LOOK_MAX:
-                return plan.next_ready_boottime_ns
-            look *= 4
+        def look(db: sqlite3.Connection) -> tuple[list[Waiting], int | None]:
+            found = views.waiting(db, limit, now_ns=now_ns, total=self.capacity)
+            return found, views.next_ready_boottime_ns(db, now_ns)
 
-    def _plan(self, waiting: list[Waiting]) -> tuple[Plan, bool]:
-        """The plan, and whether a task that could run here has to wait for capacity."""
-        active, now_ns = self._executor.active, self._clock.boottime_ns()
-        waiting = [item for item in waiting if item.attempt_id not in active]
+        found, next_ready_ns = await self._store.read(look)
+        active = self._executor.active
+        live = {run.task_id for run in active.values()}
+        waiting = {item.attempt_id: item for item in found if item.attempt_id not in active}
         plan = scheduling.plan(
-            waiting,
+            waiting.values(),
             self.capacity,
             [run.resources for run in active.values()],
-            {run.task_id for run in active.values()},
+            live,
             now_ns,
         )
-        starting = set(plan.starts)
-        has_blocked = any(
-            item.attempt_id not in starting
-            and item.ready_boottime_ns <= now_ns
-            and scheduling.never_fits(item.resources, self.capacity) is None
-            for item in waiting
-        )
-        return plan, has_blocked
+        self._reasons = plan.reasons
+        settled = {*plan.starts, *(item.attempt_id for item in waiting.values() if item.task_id in live)}
+        self.has_blocked = len(settled) < len(waiting)
+        for attempt_id in plan.starts:
+            item = waiting[attempt_id]
+            self._executor.start(attempt_id, item.task_id, item.resources)
+        return next_ready_ns
 
     async def _wait_until(self, boottime_ns: int | None) -> None:
         timeout_s = None if boottime_ns is None else max(0.0, (boottime_ns - self._clock.boottime_ns()) / 1e9)

@@ -43,7 +43,7 @@ from remotegpu_queue.transitions import (
     outcome_of_missing,
 )
 from remotegpu_schemas.attempt import AttemptId, EndedBy, Lease, RunEnded, RunNo, RunRecord, RunStarted
-from remotegpu_schemas.states import CAUSE_RULES, Cause, wire_exit_code
+from remotegpu_schemas.states import CAUSE_RULES, Cause, Retry, wire_exit_code
 from remotegpu_schemas.task import Resources, TaskId
 from remotegpu_schemas.wire import JsonObject
 from remotegpu_sidecar.launcher import Launcher, LaunchError, Run
@@ -304,7 +304,7 @@ class Executor:
 
     def _outcome(self, active: Active, record: RunRecord | None, missing: str) -> Outcome:
         if record is None or record.ended is None:
-            return outcome_of_missing(missing)
+            return outcome_of_missing(missing, active.stop_cause)
         return outcome_of(record.ended, active.stop_cause, record.spec.timeout_s)
 
     async def _finish(self, active: Active, outcome: Outcome, record: RunRecord | None) -> None:
@@ -317,7 +317,7 @@ class Executor:
             attempt.task.retry,
             retries_used=attempt.retries_used,
             free_retries_used=attempt.free_retries_used,
-            may_run=not self._lease_is_over(attempt),
+            may_run=not self._lease_is_over(attempt) and not _is_to_end(active),
         )
         ended_ms = record.ended.ended_wall_ns // 1_000_000 if record and record.ended else self._clock.wall_ms()
         is_final = after.event.value in {"complete", "fail", "cancel"}
@@ -325,6 +325,9 @@ class Executor:
         await self._store_end(active, _End(outcome, after, ended_ms, record, report))
         if is_final:
             self.leases.release(attempt.attempt_id)
+        elif _is_to_end(active):
+            # It was asked for while the end was on its way to disk.
+            await self._end_anyway(active)
         log.info(
             "a run has ended",
             task_id=attempt.task_id,
@@ -334,6 +337,11 @@ class Executor:
             exit_code=outcome.exit_code,
             follows=after.event,
         )
+
+    async def _end_anyway(self, active: Active) -> None:
+        attempt = await self._store.read(lambda db: views.attempt(db, active.attempt_id))
+        if attempt is not None and active.stop_cause is not None:
+            await self.end_waiting(attempt, active.stop_cause, "it was to be stopped when its last run ended by itself")
 
     async def _store_end(self, active: Active, end: _End) -> None:
         """Store a run's end, once the store can be written. The last progress comes before it, in the same commit."""
@@ -452,6 +460,11 @@ class Executor:
         self._on_report()
         log.info("a waiting task has ended", task_id=attempt.task_id, attempt_id=attempt.attempt_id, cause=cause)
         return True
+
+
+def _is_to_end(active: Active) -> bool:
+    """Whether somebody has asked for a stop that no further run may follow."""
+    return active.stop_cause is not None and CAUSE_RULES[active.stop_cause].retry is Retry.NEVER
 
 
 _WAITING_SENTENCES: Final = {

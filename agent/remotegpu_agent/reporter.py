@@ -48,6 +48,8 @@ class Decision:
 
 
 _SLOW: Final = Decision(Fate.AGAIN, base_s=5.0, cap_s=300.0)
+_GROWING: Final = Decision(Fate.AGAIN, base_s=1.0, cap_s=300.0)
+"""A hiccup is over soon as a rule, and deployed planes renew only what has an accepted start."""
 _OPTIONAL_KINDS: Final = frozenset({"progress", "release"})
 
 
@@ -71,7 +73,7 @@ def decide(kind: str, verdict: Verdict, age_s: float) -> Decision:
         case Verdict.ROUTE_MISSING if kind in _OPTIONAL_KINDS:
             return Decision(Fate.DROPPED)
         case Verdict.AMBIGUOUS | Verdict.ROUTE_MISSING:
-            return Decision(Fate.DEAD) if age_s > limits.REPORT_GIVE_UP_S else _SLOW
+            return Decision(Fate.DEAD) if age_s > limits.REPORT_GIVE_UP_S else _GROWING
         case _:
             assert_never(verdict)
 

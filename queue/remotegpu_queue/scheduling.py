@@ -80,8 +80,7 @@ def plan(
     for item in sorted(waiting, key=lambda item: (item.priority, item.seq)):
         if item.ready_boottime_ns > now_ns:
             next_ready = min(next_ready or item.ready_boottime_ns, item.ready_boottime_ns)
-            wait_s = (item.ready_boottime_ns - now_ns) / 1e9
-            reasons[item.attempt_id] = f"waits {wait_s:.0f} s before its next try"
+            reasons[item.attempt_id] = delayed(item.ready_boottime_ns - now_ns)
         elif item.task_id in live_tasks or item.task_id in starting:
             reasons[item.attempt_id] = "an older attempt of this task is still being stopped"
         elif impossible := never_fits(item.resources, total):
@@ -96,6 +95,11 @@ def plan(
             starting.add(item.task_id)
             free = free.minus(item.resources)
     return Plan(tuple(starts), reasons, next_ready)
+
+
+def delayed(wait_ns: int) -> str:
+    """The reason of a task whose retry's delay ends in so many nanoseconds."""
+    return f"waits {wait_ns / 1e9:.0f} s before its next try"
 
 
 def never_fits(need: Resources, total: Capacity) -> str | None:

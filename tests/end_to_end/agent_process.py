@@ -135,7 +135,7 @@ class AgentProcess:
 
     async def wait_for(self, task_id: str, deadline_s: float = DEADLINE_S) -> dict[str, Any]:
         """The task once it has ended. Raises AgentFailed."""
-        detail: dict[str, Any] = await self.get(f"/tasks/{task_id}?wait={deadline_s}")
+        detail = await self.until_shown(f"/tasks/{task_id}?wait={deadline_s}", bool)
         if detail["state"] not in {"completed", "failed", "cancelled"}:
             raise AgentFailed(f"task {task_id} has not ended: {detail}\n{self.log.read_text()[-4000:]}")
         return detail
@@ -147,14 +147,12 @@ class AgentProcess:
     async def until_shown(self, path: str, is_so: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The data of a GET as soon as it is so; a task that is not there yet may come."""
 
-        async def look() -> dict[str, Any] | None:
+        async def look() -> dict[str, Any]:
             status, body = await self.call("GET", path)
-            data: dict[str, Any] | None = body["data"] if status == 200 else None
-            return data if data is not None and is_so(data) else None
+            data: dict[str, Any] = body["data"] if status == 200 else {}
+            return data if data and is_so(data) else {}
 
-        found = await until(look)
-        assert found is not None
-        return found
+        return await until(look)
 
     async def output(self, task_id: str, stream: str = "stdout") -> str:
         """What a task has written, as far as one piece goes."""

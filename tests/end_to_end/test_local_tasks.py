@@ -119,7 +119,7 @@ async def test_the_more_urgent_task_starts_first(tmp_path: Path) -> None:
 
 
 async def test_cancelling_what_runs_and_what_waits(tmp_path: Path) -> None:
-    """A running task gets its stop signal and ends as cancelled, a waiting one ends at once, an ended one is refused."""
+    """A running task gets its stop signal and ends as cancelled, a waiting one at once; twice is refused."""
     async with agent(tmp_path, capacity={"max_concurrent": 1}) as host:
         running = await host.submit(script="trap 'echo bye; exit 0' TERM; echo up; sleep 60 & wait")
         await host.wait_running(running)

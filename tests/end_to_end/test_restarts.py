@@ -13,7 +13,7 @@ import pytest
 
 from tests.end_to_end.agent_process import AgentProcess, agent
 from tests.end_to_end.gates import Gate
-from tests.waiting import DEADLINE_S, until
+from tests.waiting import DEADLINE_S, until_so
 
 
 def is_gone(pid: int) -> bool:
@@ -32,7 +32,7 @@ async def test_f04_a_running_task_survives_a_killed_agent(tmp_path: Path) -> Non
         pid = (await host.wait_running(task_id))["process_id"]
         await host.kill()
         gate.open()
-        await until(lambda: is_gone(pid))
+        await until_so(lambda: is_gone(pid))
         await host.start()
         detail = await host.wait_for(task_id)
         assert (detail["state"], detail["cause"], detail["exit_code"]) == ("failed", "exit_code", 3)
@@ -51,7 +51,7 @@ async def test_f04_an_adopted_task_can_be_followed_and_stopped(tmp_path: Path) -
         assert (after["state"], after["process_id"]) == ("running", before["process_id"])
         await host.post(f"/tasks/{task_id}/cancel")
         assert (await host.wait_for(task_id))["cause"] == "cancelled"
-        await until(lambda: is_gone(before["process_id"]))
+        await until_so(lambda: is_gone(before["process_id"]))
 
 
 async def test_f05_an_end_that_the_agent_did_not_see_is_stored_after_the_restart(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ async def test_f05_an_end_that_the_agent_did_not_see_is_stored_after_the_restart
         os.kill(host.pid, signal.SIGSTOP)
         gate.open()
         record = next((host.state_dir / "attempts").iterdir()) / "record"
-        await until(lambda: is_gone(pid) and b'"kind":"ended"' in record.read_bytes())
+        await until_so(lambda: is_gone(pid) and b'"kind":"ended"' in record.read_bytes())
         await host.kill()
         await host.start()
         detail = await host.wait_for(task_id)
@@ -91,7 +91,7 @@ async def test_f09_a_killed_shim_takes_its_tree_along(tmp_path: Path, is_agent_a
     async with agent(tmp_path) as host:
         task_id = await host.submit(script=script)
         pid = (await host.wait_running(task_id))["process_id"]
-        await until(lambda: len(psutil.Process(pid).children(recursive=True)) == 2)
+        await until_so(lambda: len(psutil.Process(pid).children(recursive=True)) == 2)
         tree = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
         shim = psutil.Process(pid).parent()
         assert shim is not None
@@ -104,7 +104,7 @@ async def test_f09_a_killed_shim_takes_its_tree_along(tmp_path: Path, is_agent_a
         detail = await host.wait_for(task_id)
         assert [run["cause"] for run in detail["runs"]] == ["agent_lost", "succeeded"]
         assert (detail["state"], detail["retries_used"]) == ("completed", 0)
-        await until(lambda: all(is_gone(each) for each in tree))
+        await until_so(lambda: all(is_gone(each) for each in tree))
 
 
 async def test_f36_a_second_agent_is_refused(tmp_path: Path) -> None:
