@@ -91,7 +91,7 @@ bench: $(DEV_STAMP) ## the benchmarks (BENCH_ARGS=...)
 	@command -v tsp >/dev/null || { [ "$$(id -u)" = 0 ] && $(call APT_INSTALL,task-spooler); } || { \
 	  echo "make: the benchmarks compare with task-spooler: run 'apt-get install task-spooler' as root, then again" >&2; \
 	  exit 1; }
-	@$(PYTHON) -m benchmarks $(BENCH_ARGS)
+	@PYTHONPATH=examples $(PYTHON) -m benchmarks $(BENCH_ARGS)
 
 ## The checks, side by side; each also alone, as `make lint-mypy`
 

@@ -8,59 +8,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from local_fleet import EXAMPLES, Agent, FleetError, Plane, agent, control_plane
 from remotegpu_agent.cli.client import Client
 from remotegpu_agent.cli.endpoints import Endpoint
 from remotegpu_agent.cli.exits import Stop
 from remotegpu_agent.cli.following import follow
 from remotegpu_schemas.taskfile import load_task_file
 
-EXAMPLES: Final = Path(__file__).resolve().parent
-READY_TIMEOUT_S: Final = 60.0
 TASKS_TIMEOUT_S: Final = 120.0
-_POLL_S: Final = 0.1
+_LOOK_AGAIN_S: Final = 0.1
 _NAME_WIDTH: Final = 12
-
-
-class DemoError(Exception):
-    """The demo cannot go on; the message says why."""
-
-
-@dataclass(frozen=True)
-class Plane:
-    """The control plane as an operator calls it."""
-
-    url: str
-    token: str
-
-    def call(self, method: str, path: str, body: bytes | None = None, content_type: str = "application/json") -> Any:
-        """The data of an answer. Raises DemoError."""
-        request = urllib.request.Request(f"{self.url}/api/v1/admin{path}", data=body, method=method)
-        request.add_header("Authorization", f"Bearer {self.token}")
-        request.add_header("Content-Type", content_type)
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                envelope = json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise DemoError(f"{method} {path}: HTTP {error.code}: {error.read(2000).decode()}") from None
-        except OSError as error:
-            raise DemoError(f"the control plane does not answer: {error}") from None
-        return envelope["data"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with contextlib.ExitStack() as stack:
             return _demonstrate(directory, stack, keep=options.keep)
-    except DemoError as error:
+    except FleetError as error:
         print(f"demo: {error}", file=sys.stderr)
         for log in sorted(directory.glob("*.log")):
             print(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}", file=sys.stderr)
@@ -85,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demonstrate(directory: Path, stack: contextlib.ExitStack, *, keep: bool) -> int:
-    plane = stack.enter_context(_control_plane(directory))
+    plane = stack.enter_context(control_plane(directory))
     print(f"control plane  {plane.url}")
-    config = _configure(directory, plane)
-    endpoint = stack.enter_context(_agent(directory, config))
-    print(f"agent          {endpoint.url} (and {directory / 'agent.sock'})\n", flush=True)
+    sections = {**plane.enrol(directory), "capacity": {"max_concurrent": 4}}
+    host = stack.enter_context(agent(directory, sections))
+    print(f"agent          {host.url} (and {host.socket})\n", flush=True)
     names: dict[str, str] = {}
     expected: dict[str, str] = {}
     for file in sorted((EXAMPLES / "tasks").glob("*.yaml")):
@@ -99,82 +66,11 @@ def _demonstrate(directory: Path, stack: contextlib.ExitStack, *, keep: bool) ->
             names[task_id] = submission.form.name or file.stem
             expected[task_id] = submission.form.labels.get("expect", "succeeded")
     print(f"{len(names)} tasks submitted to the control plane; their output as it comes:\n", flush=True)
-    results = _watch(plane, Client([Endpoint("demo", socket=str(directory / "agent.sock"))]), names)
+    results = _watch(plane, Client([Endpoint("demo", socket=str(host.socket))]), names)
     wrong = _print_results(results, names, expected)
     if keep:
-        _stay(directory, plane, endpoint, config)
+        _stay(directory, plane, host)
     return 1 if wrong else 0
-
-
-# --- the two processes ---
-
-
-@contextlib.contextmanager
-def _control_plane(directory: Path) -> Generator[Plane]:
-    token = os.urandom(16).hex()
-    token_file = directory / "admin-token"
-    token_file.touch(mode=0o600)
-    token_file.write_text(token + "\n")
-    command = [sys.executable, "-m", "control_plane", "--listen", "127.0.0.1:0", "--admin-token-file", str(token_file)]
-    command += ["--database", str(directory / "plane.db"), "--ready-file", str(directory / "plane.json")]
-    with _process(command, directory / "plane.log") as process:
-        ready = _when_written(directory / "plane.json", process, "the control plane")
-        yield Plane(ready["url"], token)
-
-
-def _configure(directory: Path, plane: Plane) -> Path:
-    """Enrol this machine and write the agent's config and token."""
-    machine = plane.call("POST", "/machines", json.dumps({"name": "demo"}).encode())
-    token_file = directory / "agent-token"
-    token_file.touch(mode=0o600)
-    token_file.write_text(machine["token"] + "\n")
-    config = directory / "agent.yaml"
-    sections = {
-        "agent": {"machine_id": machine["machine_id"], "state_dir": str(directory / "state")},
-        "control_plane": {"url": plane.url, "token_file": str(token_file)},
-        "capacity": {"max_concurrent": 4},
-        "api": {"listen": "127.0.0.1:0", "socket": str(directory / "agent.sock")},
-    }
-    config.write_text(json.dumps(sections, indent=2) + "\n")
-    return config
-
-
-@contextlib.contextmanager
-def _agent(directory: Path, config: Path) -> Generator[Endpoint]:
-    command = [sys.executable, "-m", "remotegpu_agent.cli", "--config", str(config), "run"]
-    with _process(command, directory / "agent.log") as process:
-        ready = _when_written(directory / "state" / "endpoints.json", process, "the agent")
-        yield Endpoint("demo", url=ready["url"])
-
-
-@contextlib.contextmanager
-def _process(command: Sequence[str], log: Path) -> Generator[subprocess.Popen[bytes]]:
-    """A background process with its output in a file; ended with SIGTERM, and SIGKILL if it does not hear."""
-    environ = {**os.environ, "PYTHONPATH": str(EXAMPLES), "PYTHONUNBUFFERED": "1"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environ)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _when_written(path: Path, process: subprocess.Popen[bytes], who: str) -> dict[str, Any]:
-    """The content of a file that a process writes when it is ready."""
-    give_up_at = time.monotonic() + READY_TIMEOUT_S
-    while time.monotonic() < give_up_at:
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            content: dict[str, Any] = json.loads(path.read_text())
-            return content
-        if process.poll() is not None:
-            raise DemoError(f"{who} ended with code {process.returncode} before it was ready")
-        time.sleep(0.02)
-    raise DemoError(f"{who} was not ready within {READY_TIMEOUT_S:g} s")
 
 
 # --- what a person sees ---
@@ -196,9 +92,9 @@ def _watch(plane: Plane, agent: Client, names: dict[str, str]) -> dict[str, Any]
             for thread in followed.values():
                 thread.join(10)
             return tasks
-        time.sleep(_POLL_S)
+        time.sleep(_LOOK_AGAIN_S)
     open_names = [names[task_id] for task_id, task in tasks.items() if task["status"] not in {"completed", "failed"}]
-    raise DemoError(f"not ended within {TASKS_TIMEOUT_S:g} s: {', '.join(open_names)}")
+    raise FleetError(f"not ended within {TASKS_TIMEOUT_S:g} s: {', '.join(open_names)}")
 
 
 def _show_output(agent: Client, task_id: str, name: str) -> None:
@@ -236,13 +132,13 @@ def _print_results(tasks: dict[str, Any], names: dict[str, str], expected: dict[
     return wrong
 
 
-def _stay(directory: Path, plane: Plane, endpoint: Endpoint, config: Path) -> None:
+def _stay(directory: Path, plane: Plane, host: Agent) -> None:
     """Print how to reach everything, and wait for Ctrl-C."""
-    program = f"{Path(sys.executable).parent / 'remotegpu-agent'} --config {config}"
+    program = f"{Path(sys.executable).parent / 'remotegpu-agent'} --config {host.config}"
     print(
         f"\nIt stays up until Ctrl-C.\n"
         f"  control plane  {plane.url}   token: {plane.token}\n"
-        f"  agent          {endpoint.url}   token: {(directory / 'state' / 'api-token').read_text().strip()}\n"
+        f"  agent          {host.url}   token file: {host.state_dir / 'api-token'}\n"
         f"  command line   {program} status\n"
         f"                 {program} submit --follow -- echo hello\n"
         f"  logs           {directory}/*.log",

@@ -88,9 +88,10 @@ async def test_retries_stay_inside_the_attempt(tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["renew", "heartbeat"])
 async def test_a_cancellation_reaches_the_process(tmp_path: Path, way: str) -> None:
     """The plane's wish comes with the answer of a renewal or of a heartbeat, and the whole task ends as cancelled."""
-    hurried = {"renew": {"lease": {"renew_interval": 0.2}}, "heartbeat": {"control_plane": {"heartbeat_interval": 0.2}}}
-    async with fleet(tmp_path, hurried[way]) as all_of_it:
-        [task_id] = await all_of_it.submit({"command": "sleep 60"})
+    settings = {"control_plane": {"heartbeat_interval": 0.2 if way == "heartbeat" else 60}}
+    async with fleet(tmp_path, settings) as all_of_it:
+        task = {"command": "sleep 60", "renew_interval_sec": 0.2 if way == "renew" else 60}
+        [task_id] = await all_of_it.submit(task)
         await all_of_it.plane.faults.wait_calls("start", 1, DEADLINE_S)
         await all_of_it.operator.call("POST", f"/tasks/{task_id}/cancel")
         [task] = await all_of_it.ended([task_id])
@@ -138,9 +139,9 @@ async def test_f14_f15_a_business_refusal_of_a_renewal_stops_the_process(
 ) -> None:
     """F14, F15: 30001-30004 act at once: the process is stopped, with the cause that the code stands for."""
     answer = Respond(200, b'{"code": %d, "message": "refused"}' % code, {"Content-Type": "application/json"})
-    async with fleet(tmp_path, {"lease": {"renew_interval": 0.2}}) as all_of_it:
+    async with fleet(tmp_path) as all_of_it:
         all_of_it.plane.faults.order_always("renew", answer)
-        [task_id] = await all_of_it.submit({"command": "sleep 60"})
+        [task_id] = await all_of_it.submit({"command": "sleep 60", "renew_interval_sec": 0.2})
         detail = await all_of_it.host.wait_for(task_id)
         assert (detail["state"], detail["cause"]) == ("failed", cause)
 
@@ -149,11 +150,11 @@ async def test_f14_f15_a_business_refusal_of_a_renewal_stops_the_process(
 async def test_f51_a_database_hiccup_of_the_plane_kills_nothing(tmp_path: Path, status: Any, in_body: bool) -> None:
     """F51: bare 404, 409, 410 on every call of a task's life: it goes on, and its result arrives when they stop."""
     gate = Gate(tmp_path / "gate")
-    async with fleet(tmp_path, {"lease": {"renew_interval": 0.1}}) as all_of_it:
+    async with fleet(tmp_path) as all_of_it:
         faults = all_of_it.plane.faults
         for call in ("start", "complete"):
             faults.order(call, hiccup(status, in_body=in_body))
-        [task_id] = await all_of_it.submit({"command": gate.wait})
+        [task_id] = await all_of_it.submit({"command": gate.wait, "renew_interval_sec": 0.1})
         await faults.wait_calls("start", 2, DEADLINE_S)
         faults.order("renew", hiccup(status, in_body=in_body), times=2)
         await faults.wait_calls("renew", 3, DEADLINE_S)
