@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import urllib.parse
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +91,8 @@ class ControlPlane:
         self._tls = tls or TlsFiles()
         self._on_reconnect = on_reconnect
         self._token = ""
+        # Looked up once: aiohttp's `trust_env` asks two threads at each request.
+        self._proxy = proxy_for(url)
         self._session: aiohttp.ClientSession | None = None
         self.contact = Contact()
 
@@ -98,7 +102,6 @@ class ControlPlane:
         connector = aiohttp.TCPConnector(limit=_CONNECTIONS_MAX, ssl=self._ssl_context())
         self._session = aiohttp.ClientSession(
             connector=connector,
-            trust_env=True,
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             headers={"Accept-Encoding": "identity", "User-Agent": f"remotegpu-agent/{VERSION}"},
@@ -150,7 +153,9 @@ class ControlPlane:
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                self._session.post(self._url + path, json=body, headers=headers, allow_redirects=False) as response,
+                self._session.post(
+                    self._url + path, json=body, headers=headers, allow_redirects=False, proxy=self._proxy
+                ) as response,
             ):
                 data = await _read_bounded(response)
                 answer = parse_answer(response.status, response.headers, data)
@@ -220,6 +225,14 @@ class ControlPlane:
                 "check control_plane.ca_file, client_cert_file and client_key_file"
             ) from error
         return context
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy that the environment names for this URL (`http_proxy`, `https_proxy`, `no_proxy`), or None."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.hostname is None or urllib.request.proxy_bypass(parts.hostname):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:

@@ -56,6 +56,7 @@ from remotegpu_schemas.states import Cause
 from remotegpu_schemas.task import OnUnreachable
 from remotegpu_schemas.wire import HeartbeatAnswer, RegisterRequest
 from remotegpu_sidecar import identity
+from remotegpu_sidecar.adoption import directory_name
 from remotegpu_sidecar.launcher import Launcher
 
 ENDPOINTS_FILE: Final = "endpoints.json"
@@ -309,7 +310,9 @@ class Agent:
 
     async def _take_over(self) -> None:
         await self._store.write(lambda db: units.rebase(db, self._names.boot_id))
-        recovered = await recover(self._store, self._executor, self._loops, await self._launcher.adopt())
+        ended = await self._store.read(views.ended_runs)
+        found = await self._launcher.adopt(settled=frozenset(directory_name(*key) for key in ended))
+        recovered = await recover(self._store, self._executor, self._loops, found)
         log.info("took stock", adopted=recovered.adopted, finished=recovered.finished)
 
     def _start_loops(self) -> None:

@@ -122,10 +122,10 @@ def _environment(
         "REMOTEGPU_GPU_UUIDS": "",
         "CUDA_VISIBLE_DEVICES": "-1",
         "NVIDIA_VISIBLE_DEVICES": "void",
-        "REMOTEGPU_ARTIFACTS_DIR": str(directory / "artifacts"),
-        "REMOTEGPU_CHECKPOINT_DIR": str(directory / "checkpoints"),
-        "REMOTEGPU_OUTPUTS": str(directory / MESSAGES_DIR / OUTPUTS_NAME),
-        "REMOTEGPU_PROGRESS": str(directory / MESSAGES_DIR / PROGRESS_NAME),
+        "REMOTEGPU_ARTIFACTS_DIR": f"{directory}/artifacts",
+        "REMOTEGPU_CHECKPOINT_DIR": f"{directory}/checkpoints",
+        "REMOTEGPU_OUTPUTS": f"{directory}/{MESSAGES_DIR}/{OUTPUTS_NAME}",
+        "REMOTEGPU_PROGRESS": f"{directory}/{MESSAGES_DIR}/{PROGRESS_NAME}",
     }
     env.setdefault("LOGNAME", env["USER"])
     if settings.api_socket is not None:
@@ -157,10 +157,12 @@ def prepare_work_dir(task: Task, settings: RunSettings) -> None:
 
     The parent belongs to the agent, so the task cannot replace the directory itself; what lies inside is the task's.
     """
-    parent = settings.state_dir / "work"
-    parent.mkdir(mode=0o711, exist_ok=True)
     directory = work_dir(settings.state_dir, task.task_id)
-    directory.mkdir(mode=0o700, exist_ok=True)
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+    except FileNotFoundError:  # the first task of this state directory
+        directory.parent.mkdir(mode=0o711, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
     user = settings.user
     # Once the directory is the task's, nothing in it is touched any more; given away last, so that a crash is mended.
     if user is None or directory.stat().st_uid in {os.geteuid(), 0}:

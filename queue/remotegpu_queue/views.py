@@ -84,6 +84,11 @@ def open_runs(db: sqlite3.Connection) -> list[Run]:
     return [run_of(row) for row in db.execute(SQL["open_runs"])]
 
 
+def ended_runs(db: sqlite3.Connection) -> frozenset[tuple[str, int]]:
+    """Attempt id and number of every run that has ended."""
+    return frozenset((row["attempt_id"], row["run_no"]) for row in db.execute(SQL["ended_runs"]))
+
+
 def run_of_pid(db: sqlite3.Connection, pid: int, boot_id: str) -> tuple[Run, TaskId] | None:
     """The last run of this boot whose main process had this number."""
     row = one(db, "run_of_pid", {"pid": pid, "boot_id": boot_id})

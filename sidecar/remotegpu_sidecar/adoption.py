@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import os
 import re
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -68,11 +70,15 @@ def directory_name(attempt_id: str, run_no: int) -> str:
     return name
 
 
-def survey(attempts_dir: Path) -> list[Found]:
-    """Look at every attempt directory, oldest name first. Reads files: call it in a thread. Raises OSError."""
+def survey(attempts_dir: Path, settled: Container[str] = ()) -> list[Found]:
+    """Look at the attempt directories but for the `settled` ones, by name. Reads files: call it in a thread.
+
+    Raises OSError.
+    """
     if not attempts_dir.exists():
         return []
-    return [inspect(path) for path in sorted(attempts_dir.iterdir()) if not path.name.startswith(".")]
+    names = sorted(name for name in os.listdir(attempts_dir) if name not in settled and not name.startswith("."))
+    return [inspect(attempts_dir / name) for name in names]
 
 
 def inspect(directory: Path) -> Found:

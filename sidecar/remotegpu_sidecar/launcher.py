@@ -14,7 +14,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Container, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -97,9 +97,12 @@ class Launcher:
                 started = await _say_go(channel, directory)
                 return Run(directory, spec, started, hello, pidfd)
 
-    async def adopt(self) -> list[Adopted]:
-        """Take stock of every attempt directory, once, before the first launch. Kills what lost shims left behind."""
-        found = await asyncio.to_thread(survey, self._attempts_dir)
+    async def adopt(self, settled: Container[str] = ()) -> list[Adopted]:
+        """Take stock of the attempt directories, once, before the first launch. Kills what lost shims left behind.
+
+        `settled` are names of directories whose runs are known to have ended: they are not looked at.
+        """
+        found = await asyncio.to_thread(survey, self._attempts_dir, settled)
         adopted = [self._take_over(each) for each in found]
         mains: dict[remains.RunKey, ProcessIdentity | None] = {
             (each.record.spec.attempt_id, each.record.spec.run_no): each.record.started.process

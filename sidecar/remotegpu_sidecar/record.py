@@ -46,11 +46,13 @@ def read(path: str | os.PathLike[str], dir_fd: int | None = None) -> tuple[dict[
     A file above MAX_BYTES is not read: it has no valid line, and that is the complaint.
     """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=dir_fd)
-    with open(fd, "rb") as file:
+    try:
         size = os.fstat(fd).st_size
         if size > MAX_BYTES:
             return {}, [f"the run record has {size} bytes, more than {MAX_BYTES}"]
-        return parse(file.read(MAX_BYTES))
+        return parse(os.read(fd, size))  # of a regular file one call gives all of it
+    finally:
+        os.close(fd)
 
 
 def parse(content: bytes) -> tuple[dict[str, dict[str, object]], list[str]]:

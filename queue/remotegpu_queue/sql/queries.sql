@@ -75,6 +75,9 @@ SELECT state, stop_cause, pid FROM runs WHERE attempt_id = :attempt_id AND run_n
 -- name: open_runs
 SELECT * FROM runs WHERE state <> 'ended';
 
+-- name: ended_runs
+SELECT attempt_id, run_no FROM runs WHERE state = 'ended';
+
 -- name: runs_of_task
 SELECT r.* FROM runs r JOIN attempts a USING (attempt_id) WHERE a.task_id = :task_id ORDER BY a.seq, r.run_no;
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Final
@@ -48,6 +49,7 @@ def format_time(epoch_s: float) -> str:
     return datetime.fromtimestamp(epoch_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+@functools.lru_cache(maxsize=16)  # it changes once a second
 def parse_http_date(value: str | None) -> datetime | None:
     """The `Date` header (RFC 9110, IMF-fixdate), or None."""
     if not value:
