@@ -8,19 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import math
 import os
 import random
 import signal
-import socket
-import sqlite3
 import urllib.parse
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
 
 import structlog
 
@@ -28,7 +21,9 @@ from remotegpu_agent import VERSION, host
 from remotegpu_agent.agent_operations import AgentOperations
 from remotegpu_agent.announcer import Announcer
 from remotegpu_agent.api import ApiServer, ApiSettings, Endpoints, LegacyCall, LegacyCaller
+from remotegpu_agent.api.endpoints_file import write_endpoints
 from remotegpu_agent.audit import AuditLog
+from remotegpu_agent.capacity import capacity_of
 from remotegpu_agent.claims import Claimer, ClaimSettings
 from remotegpu_agent.clock import SystemClock
 from remotegpu_agent.config import Config, token_path
@@ -37,6 +32,7 @@ from remotegpu_agent.directory_watch import DirectoryWatcher
 from remotegpu_agent.dispatch import Dispatcher
 from remotegpu_agent.executor import Active, Executor, ExecutorSettings
 from remotegpu_agent.leases import LeaseKeeper, LeaseSettings
+from remotegpu_agent.names import Names, name_agent
 from remotegpu_agent.presence import HostState, Presence, cancelled_attempts
 from remotegpu_agent.progress import ProgressFollower
 from remotegpu_agent.recovery import recover
@@ -47,7 +43,6 @@ from remotegpu_agent.standing import Standing
 from remotegpu_agent.supervise import Loops
 from remotegpu_queue import units, views
 from remotegpu_queue.outbox import Report
-from remotegpu_queue.scheduling import Capacity
 from remotegpu_queue.store import Store
 from remotegpu_queue.units import ClaimResult
 from remotegpu_schemas import limits
@@ -58,9 +53,6 @@ from remotegpu_schemas.wire import HeartbeatAnswer, RegisterRequest
 from remotegpu_sidecar import identity
 from remotegpu_sidecar.adoption import directory_name
 from remotegpu_sidecar.launcher import Launcher
-
-ENDPOINTS_FILE: Final = "endpoints.json"
-_CPUS_PER_SLOT: Final = 2
 
 log = structlog.get_logger(__name__)
 
@@ -95,19 +87,10 @@ def _on_signals(stopping: asyncio.Event) -> None:
         asyncio.get_running_loop().add_signal_handler(number, ask_to_stop, number)
 
 
-@dataclass(frozen=True)
-class _Names:
-    """Who this agent is; `boot_id` tells this boot of the host from every other."""
-
-    agent_id: str
-    machine_id: str
-    boot_id: str
-
-
 class Agent:
     """All the parts of a running agent. Made by `start`; whatever is on the exit stack stops them."""
 
-    def __init__(self, config: Config, names: _Names, store: Store, loops: Loops) -> None:
+    def __init__(self, config: Config, names: Names, store: Store, loops: Loops) -> None:
         self._config = config
         self._names = names
         self._store = store
@@ -125,7 +108,7 @@ class Agent:
         self._leases = self._make_leases()
         self._executor.leases = self._leases
         self._dispatcher = Dispatcher(
-            store, self._executor, self._clock, capacity_of(config), on_decided=self._on_decided
+            store, self._executor, self._clock, capacity_of(config.capacity), on_decided=self._on_decided
         )
         self._progress = ProgressFollower(loops, self._watcher, self._executor.store_progress)
         self._executor.watch(started=self._follow_progress, ended=lambda run: self._progress.forget(run.attempt_id))
@@ -141,7 +124,7 @@ class Agent:
         store = await Store.open(config.agent.state_dir)
         stack.push_async_callback(store.close)
         boot_id = identity.boot_id()
-        names = await store.write(lambda db: _name(db, config, boot_id))
+        names = await store.write(lambda db: name_agent(db, config.agent, boot_id))
         loops = Loops()
         agent = cls(config, names, store, loops)
         stack.callback(agent._watcher.close)
@@ -153,7 +136,7 @@ class Agent:
         await agent._take_over()
         await agent._api.start()
         stack.push_async_callback(agent._api.stop)
-        _write_endpoints(agent._state_dir / ENDPOINTS_FILE, agent.endpoints)
+        write_endpoints(agent._state_dir, agent.endpoints)
         agent._start_loops()
         return agent
 
@@ -395,39 +378,5 @@ class Agent:
         )
 
 
-def capacity_of(config: Config) -> Capacity:
-    """What tasks may use: as configured, else one slot per two cores, all CPUs and all memory of the host."""
-    capacity = config.capacity
-    cpus = capacity.cpus if capacity.cpus is not None else host.total_cpus()
-    memory_mb = round(capacity.memory_gb * 1024) if capacity.memory_gb is not None else host.total_memory_mb()
-    slots = capacity.max_concurrent or max(1, math.floor(cpus / _CPUS_PER_SLOT))
-    return Capacity(slots=slots, cpus=cpus, memory_mb=memory_mb)
-
-
-def _name(db: sqlite3.Connection, config: Config, boot_id: str) -> _Names:
-    """The configured names, else those that were made at the first start on this state directory."""
-    agent_id = config.agent.id or units.meta(db, "agent_id", f"{_host_word()}-{uuid.uuid4().hex[:8]}")
-    machine_id = config.agent.machine_id or host.derived_machine_id()
-    return _Names(agent_id, machine_id or units.meta(db, "machine_id", host.random_machine_id()), boot_id)
-
-
-def _host_word() -> str:
-    word = "".join(char for char in socket.gethostname().lower() if char.isascii() and (char.isalnum() or char == "-"))
-    return word.strip("-")[:40] or "agent"
-
-
 def _new_id() -> str:
     return str(uuid.uuid4())
-
-
-def _write_endpoints(path: Path, endpoints: Endpoints) -> None:
-    """Where the API really listens, for whoever finds the agent by its state directory; 0600, whole or not at all."""
-    text = json.dumps(
-        {"url": endpoints.url, "socket": str(endpoints.socket) if endpoints.socket else None, "pid": os.getpid()}
-    )
-    draft = path.with_name(path.name + ".new")
-    draft.unlink(missing_ok=True)
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(fd, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-    draft.rename(path)
