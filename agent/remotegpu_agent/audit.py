@@ -18,8 +18,7 @@ from typing import Final
 
 import structlog
 
-LINE_MAX_BYTES: Final = 4096
-"""A line of this size holds ids, a path and a reason; appends of one page do not interleave in practice."""
+from remotegpu_schemas.limits import AUDIT_LINE_MAX_BYTES
 
 _VALUE_MAX_CHARS: Final = 1024
 _VALUE_MIN_CHARS: Final = 64
@@ -69,14 +68,14 @@ class AuditLog:
 
 
 def format_line(entry: AuditEntry, moment: datetime.datetime) -> bytes:
-    """One line of JSON, at most LINE_MAX_BYTES with its newline.
+    """One line of JSON, at most AUDIT_LINE_MAX_BYTES with its newline.
 
     Long values are cut and then end in `…`; a detail of very many values is left out.
     """
     limit = _VALUE_MAX_CHARS
     while True:
         line = _dump(entry, moment, limit)
-        if len(line) <= LINE_MAX_BYTES:
+        if len(line) <= AUDIT_LINE_MAX_BYTES:
             return line
         if limit <= _VALUE_MIN_CHARS:
             return _dump(dataclasses.replace(entry, detail={"omitted": len(entry.detail)}), moment, limit)

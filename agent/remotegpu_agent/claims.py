@@ -77,6 +77,7 @@ class Claimer:
         self._on_claimed = on_claimed
         self._changed = asyncio.Event()
         self._failures = 0
+        self._last_ttl_s = settings.default_ttl_s
 
     def changed(self) -> None:
         """Capacity became free, or a reason not to claim went away."""
@@ -110,7 +111,8 @@ class Claimer:
             first_sent_ns = reply.sent_boottime_ns if first_sent_ns is None else first_sent_ns
             if reply.verdict is Verdict.OK:
                 self._failures = 0
-                return await self._take(reply, first_sent_ns, (self._clock.boottime_ns() - asked_ns) / 1e9)
+                took_s = (self._clock.boottime_ns() - asked_ns) / 1e9
+                return await self._take(reply, first_sent_ns, took_s, float(request.wait_sec or 0))
             self._failures += 1
             log.warning("a claim was not answered", error=reply.answer.message, failures=self._failures)
             await asyncio.sleep(self._retry_after_s(reply))
@@ -119,7 +121,8 @@ class Claimer:
 
     def _request(self, room: int) -> ClaimRequest:
         free = self._dispatcher.free()
-        wait_s = round(self._settings.long_poll_s)
+        # A lease counts from before the request was sent: what waits long for a short one gets it over.
+        wait_s = round(min(self._settings.long_poll_s, self._last_ttl_s / 3))
         return ClaimRequest(
             agent_id=self._settings.agent_id,
             machine_id=self._settings.machine_id,
@@ -145,7 +148,7 @@ class Claimer:
         )
         return max(pause_s, reply.answer.retry_after_s or 0.0)
 
-    async def _take(self, reply: Reply, first_sent_ns: int, took_s: float) -> float:
+    async def _take(self, reply: Reply, first_sent_ns: int, took_s: float, waited_s: float) -> float:
         items = parse_claims(reply.answer.data)
         claims = [item for item in items if isinstance(item, Claim)]
         for item in items:
@@ -156,7 +159,7 @@ class Claimer:
             results = await self._store_claims(claims, refused, reply, first_sent_ns)
             await self._on_claimed(results)
             return 0.0 if any(result.is_new for result in results) else self._settings.poll_interval_s
-        was_held = self._settings.long_poll_s > 0 and took_s >= self._settings.long_poll_s * _HELD_SHARE
+        was_held = waited_s > 0 and took_s >= waited_s * _HELD_SHARE
         return 0.0 if was_held else self._settings.poll_interval_s
 
     async def _store_claims(
@@ -192,6 +195,8 @@ class Claimer:
         ttl_s, counts_from_first = leasing.claimed_ttl_s(
             claim.lease_ttl_s, claim.lease_expires_at, reply.answer.date, self._settings.default_ttl_s
         )
+        if ttl_s > 0:
+            self._last_ttl_s = ttl_s
         sent_ns = first_sent_ns if counts_from_first else reply.sent_boottime_ns
         # A lease that had ended when the answer was written is kept as one that has just ended.
         lease = leasing.lease(max(ttl_s, 0.001), sent_ns, self._settings.margin_s, self._settings.boot_id)

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from remotegpu_schemas.limits import TOKENS_FILE_MAX_BYTES
+
 if TYPE_CHECKING:
     from remotegpu_agent.config import Config, ControlPlaneSection
 
@@ -24,8 +26,6 @@ CREDENTIAL_NAME: Final = "control-plane-token"
 _CA_MEND: Final = "name the PEM file of who signed the control plane's certificate"
 TOKEN_MAX_BYTES: Final = 8192
 """Servers refuse header lines above 8 KiB."""
-TOKENS_FILE_MAX_BYTES: Final = 64 * 1024
-"""As the API reads it."""
 
 
 def token_path(config: Config, environ: Mapping[str, str]) -> Path | None:

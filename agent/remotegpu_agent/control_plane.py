@@ -37,7 +37,6 @@ from remotegpu_schemas.wire import (
 log = structlog.get_logger(__name__)
 
 _BASE_PATH: Final = "/api/v1/agent"
-_CONNECTIONS_MAX: Final = 32
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class ControlPlane:
     async def __aenter__(self) -> Self:
         """Open the connection pool; nothing is sent yet. Raises Misconfigured."""
         self._token = self._read_token()
-        connector = aiohttp.TCPConnector(limit=_CONNECTIONS_MAX, ssl=self._ssl_context())
+        connector = aiohttp.TCPConnector(limit=limits.PLANE_CONNECTIONS_MAX, ssl=self._ssl_context())
         self._session = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),

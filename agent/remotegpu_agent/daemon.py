@@ -258,6 +258,7 @@ class Agent:
             on_answer=self._on_heartbeat,
         )
         self._standing.is_registered = self._presence.registered.is_set
+        self._standing.is_outbox_full = lambda: self._dispatcher.is_outbox_full
         self._executor.can_release = lambda: self._presence is not None and "release" in self._presence.features
         self._reporter = Reporter(
             self._store,
@@ -331,6 +332,8 @@ class Agent:
     def _on_delivered(self, report: Report) -> None:
         if report.kind == "start":
             self._leases.start_accepted(report.attempt_id)
+        if self._dispatcher.is_outbox_full:
+            self._dispatcher.changed()
 
     async def _on_claimed(self, results: Sequence[ClaimResult]) -> None:
         for result in results:

@@ -17,7 +17,8 @@ from asyncinotify import Inotify, Mask, Watch
 
 log = structlog.get_logger(__name__)
 
-_MASK: Final = Mask.MODIFY | Mask.CREATE | Mask.CLOSE_WRITE | Mask.MOVED_TO
+_MASK: Final = Mask.MODIFY | Mask.CREATE | Mask.CLOSE_WRITE | Mask.MOVED_TO | Mask.ONLYDIR | Mask.DONT_FOLLOW
+"""A task may put a link in its directory's place; the kernel has one watch for both ends of it, and would end both."""
 
 
 @dataclass
@@ -50,8 +51,8 @@ class DirectoryWatcher:
     def listen(self, directory: Path, changed: asyncio.Event) -> Generator[bool]:
         """Set `changed` whenever a file in the directory is made or written to, while the block lasts.
 
-        Gives False where the directory cannot be watched (it is not there, or the host is out of watches): then
-        nobody tells, and the caller has to look from time to time.
+        Gives False where the directory cannot be watched (it is not there or a link, or the host is out of watches):
+        then nobody tells, and the caller has to look from time to time.
         """
         try:
             watched = self._watched.get(directory) or _Watched(self._inotify.add_watch(directory, _MASK))

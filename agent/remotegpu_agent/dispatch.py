@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Callable
-from typing import Final
 
 from remotegpu_agent.clock import Clock
 from remotegpu_agent.executor import Executor
-from remotegpu_queue import scheduling, views
+from remotegpu_queue import outbox, scheduling, views
 from remotegpu_queue.rows import Attempt
 from remotegpu_queue.scheduling import Capacity, Waiting
 from remotegpu_queue.store import Store
+from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId
-
-_LOOK_AHEAD: Final = 32
-"""So many waiting tasks more than slots are looked at; those that are delayed or never fit do not count."""
 
 
 class Dispatcher:
@@ -33,6 +30,8 @@ class Dispatcher:
         self.capacity = capacity
         self.has_blocked = False
         """Whether a task that could run here waits for capacity: then no other one is asked for."""
+        self.is_outbox_full = False
+        """Whether so many reports wait that nothing may be claimed whose result would find no place."""
         self._reasons: dict[AttemptId, str] = {}
 
     def changed(self) -> None:
@@ -67,13 +66,13 @@ class Dispatcher:
         """One decision: start what fits. Returns when a delay ends (CLOCK_BOOTTIME ns), if one does."""
         if self.free().slots < 1:
             return None  # whoever frees one wakes this loop
-        now_ns, limit = self._clock.boottime_ns(), self.capacity.slots + _LOOK_AHEAD
+        now_ns, limit = self._clock.boottime_ns(), self.capacity.slots + limits.QUEUE_LOOK_AHEAD
 
-        def look(db: sqlite3.Connection) -> tuple[list[Waiting], int | None]:
+        def look(db: sqlite3.Connection) -> tuple[list[Waiting], int | None, bool]:
             found = views.waiting(db, limit, now_ns=now_ns, total=self.capacity)
-            return found, views.next_ready_boottime_ns(db, now_ns)
+            return found, views.next_ready_boottime_ns(db, now_ns), outbox.is_full(db)
 
-        found, next_ready_ns = await self._store.read(look)
+        found, next_ready_ns, self.is_outbox_full = await self._store.read(look)
         active = self._executor.active
         live = {run.task_id for run in active.values()}
         waiting = {item.attempt_id: item for item in found if item.attempt_id not in active}

@@ -42,6 +42,7 @@ from remotegpu_queue.transitions import (
     outcome_of,
     outcome_of_missing,
 )
+from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId, EndedBy, Lease, RunEnded, RunNo, RunRecord, RunStarted
 from remotegpu_schemas.states import CAUSE_RULES, Cause, Retry, wire_exit_code
 from remotegpu_schemas.task import Resources, TaskId
@@ -60,7 +61,6 @@ class ExecutorSettings:
     run: RunSettings
     boot_id: str
     continues_when_unreachable: bool = False
-    max_starting: int = 8
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Executor:
         self._on_report = on_report
         self._on_started: list[Callable[[Active], None]] = []
         self._on_ended: list[Callable[[Active], None]] = []
-        self._starting = asyncio.Semaphore(settings.max_starting)
+        self._starting = asyncio.Semaphore(limits.RUNS_STARTING_MAX)
         self.active: dict[AttemptId, Active] = {}
         self.leases: LeaseKeeper
         self.can_release: Callable[[], bool] = lambda: False
@@ -167,13 +167,18 @@ class Executor:
         attempt_id = active.attempt_id
         try:
             begun = await self._store.write(lambda db: self._begin(db, attempt_id))
+            if begun.refusal is not None:
+                await self.end_waiting(begun.attempt, *begun.refusal)
+                return
         except LostRace as race:
             log.info("a task is not started", attempt_id=attempt_id, reason=str(race))
             return
-        attempt = begun.attempt
-        if begun.refusal is not None:
-            await self.end_waiting(attempt, *begun.refusal)
+        except StoreUnavailable as error:
+            # It keeps its slot meanwhile: whoever frees one makes the dispatcher try again at once.
+            log.error("a task cannot be started yet", attempt_id=attempt_id, error=str(error))
+            await asyncio.sleep(_STORE_RETRY_S)
             return
+        attempt = begun.attempt
         active.attempt, active.run_no = attempt, begun.run_no
         self.hold_lease(attempt)
         if active.stop_cause is not None:
@@ -407,23 +412,31 @@ class Executor:
     async def stop(self, attempt_id: AttemptId, cause: Cause, *, is_kill: bool = False) -> bool:
         """Stop an attempt: its process with the grace period (or at once), or its waiting. False if it has ended.
 
-        The reason is on disk before any signal is sent; the first reason counts. Safe to repeat.
+        The reason is on disk before any signal is sent (unless the disk is full: then it is stored with the end); the
+        first reason counts. Safe to repeat. Raises StoreUnavailable for an attempt that waits.
         """
         active = self.active.get(attempt_id)
         if active is None:
-            attempt = await self._store.read(lambda db: views.attempt(db, attempt_id))
-            if attempt is None or attempt.state.is_final:
-                return False
-            return await self.end_waiting(attempt, cause, _WAITING_SENTENCES.get(cause, f"ended: {cause}"))
+            return await self._stop_waiting(attempt_id, cause)
         if active.run_no:
             try:
                 cause = await self._store.write(lambda db: units.request_stop(db, attempt_id, active.run_no, cause))
-            except LostRace:
-                return False
+            except LostRace:  # the run has ended just now; the task may be about to be repeated
+                return await self._stop_waiting(attempt_id, cause)
+            except StoreUnavailable as error:
+                log.error("a stop cannot be stored yet", attempt_id=attempt_id, cause=cause, error=str(error))
+                if cause is not Cause.SUPERSEDED:
+                    cause = active.stop_cause or cause
         active.stop_cause = cause
         active.is_kill = active.is_kill or is_kill
         self._signal(active)
         return True
+
+    async def _stop_waiting(self, attempt_id: AttemptId, cause: Cause) -> bool:
+        attempt = await self._store.read(lambda db: views.attempt(db, attempt_id))
+        if attempt is None or attempt.state.is_final:
+            return False
+        return await self.end_waiting(attempt, cause, _WAITING_SENTENCES.get(cause, f"ended: {cause}"))
 
     def _signal(self, active: Active) -> None:
         if active.run is None:

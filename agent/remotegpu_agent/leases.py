@@ -9,6 +9,7 @@ import asyncio
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 import structlog
 
@@ -17,13 +18,15 @@ from remotegpu_agent.control_plane import ControlPlane, Reply
 from remotegpu_agent.supervise import Loops
 from remotegpu_queue import leasing, units
 from remotegpu_queue.rows import Attempt
-from remotegpu_queue.store import Store
+from remotegpu_queue.store import Store, StoreUnavailable
 from remotegpu_schemas.attempt import AttemptId, Lease
 from remotegpu_schemas.states import Cause
 from remotegpu_schemas.task import TaskId
 from remotegpu_schemas.wire import RenewRequest, Verdict, parse_renewal
 
 log = structlog.get_logger(__name__)
+
+_STORE_RETRY_S: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class LeaseKeeper:
             if is_over and not (self._settings.continues_when_unreachable and self._has_process(attempt_id)):
                 self._held.pop(attempt_id, None)
                 log.warning("a lease has ended", task_id=held.task_id, attempt_id=attempt_id)
-                await self._stop(attempt_id, Cause.LEASE_LOST)
+                await self._stop_surely(attempt_id, Cause.LEASE_LOST)
                 return
             may_renew = held.is_start_accepted and self.plane is not None
             if not may_renew or now_ns < next_renewal_ns:
@@ -131,12 +134,14 @@ class LeaseKeeper:
                 if has_changed and may_renew:
                     next_renewal_ns = 0
                 continue
-            if await self._renew(attempt_id, held):
+            reply = await self._renew(attempt_id, held)
+            if reply is None:
                 failures = 0
                 next_renewal_ns = self._renewal_due_ns(held)
             else:
                 failures += 1
                 pause_s = leasing.renew_again_after_s(held.lease.ttl_s, failures, self._random())
+                pause_s = max(pause_s, reply.answer.retry_after_s or 0.0)
                 next_renewal_ns = self._clock.boottime_ns() + round(pause_s * 1e9)
 
     def _renewal_due_ns(self, held: _Held) -> int:
@@ -155,26 +160,26 @@ class LeaseKeeper:
         held.changed.clear()
         return True
 
-    async def _renew(self, attempt_id: AttemptId, held: _Held) -> bool:
-        """Whether the lease was moved."""
+    async def _renew(self, attempt_id: AttemptId, held: _Held) -> Reply | None:
+        """None when the lease was moved, or need not be any more; else the answer, after what it asks for was done."""
         if self.plane is None:
-            return False
+            return None
         extend_s = math.ceil(held.lease.ttl_s)
         request = RenewRequest(agent_id=self._settings.agent_id, attempt_id=attempt_id, extend_sec=extend_s)
         timeout_s = max(1.0, held.lease.ttl_s / 4)
         reply = await self.plane.renew(held.task_id, request, timeout_s=timeout_s)
         if held.is_released:
-            return True
+            return None
         match reply.verdict:
             case Verdict.OK:
-                return await self._renewed(attempt_id, held, reply, float(extend_s))
+                return None if await self._renewed(attempt_id, held, reply, float(extend_s)) else reply
             case Verdict.SUPERSEDED | Verdict.FINISHED:
                 await self._lost(attempt_id, held, Cause.SUPERSEDED, reply)
             case Verdict.LEASE_EXPIRED:
                 await self._lost(attempt_id, held, Cause.LEASE_LOST, reply)
             case _:
                 log.warning("a lease could not be renewed", attempt_id=attempt_id, error=reply.answer.message)
-        return False
+        return reply
 
     async def _renewed(self, attempt_id: AttemptId, held: _Held, reply: Reply, extend_s: float) -> bool:
         renewal = parse_renewal(reply.answer.data)
@@ -186,20 +191,39 @@ class LeaseKeeper:
             return False
         lease = leasing.lease(ttl_s, reply.sent_boottime_ns, self._settings.margin_s, self._settings.boot_id)
         # A plane's rounding must not shrink the term that later renewals ask for.
-        held.lease = replace_ttl(lease, max(ttl_s, extend_s))
-        self._extend(attempt_id, held.lease)
-        await self._store.write(
-            lambda db: units.extend_lease(db, attempt_id, held.lease.ttl_s, held.lease.deadline_boottime_ns)
-        )
-        if renewal.is_cancel_requested:
-            await self._stop(attempt_id, Cause.CANCELLED)
+        lease = replace_ttl(lease, max(ttl_s, extend_s))
+        try:
+            self._extend(attempt_id, lease)
+        except OSError as error:
+            log.error("the deadline of a run could not be moved", attempt_id=attempt_id, error=str(error))
+            return False
+        held.lease = lease
+        try:
+            await self._store.write(
+                lambda db: units.extend_lease(db, attempt_id, lease.ttl_s, lease.deadline_boottime_ns)
+            )
+            if renewal.is_cancel_requested:
+                await self._stop(attempt_id, Cause.CANCELLED)
+        except StoreUnavailable as error:
+            # The run's own deadline has moved, and counts after a restart too; a cancellation comes again.
+            log.error("a renewed lease cannot be stored", attempt_id=attempt_id, error=str(error))
         return True
 
     async def _lost(self, attempt_id: AttemptId, held: _Held, cause: Cause, reply: Reply) -> None:
         log.warning("an attempt is no longer ours", attempt_id=attempt_id, cause=cause, answer=reply.answer.message)
         held.is_released = True
         self._held.pop(attempt_id, None)
-        await self._stop(attempt_id, cause)
+        await self._stop_surely(attempt_id, cause)
+
+    async def _stop_surely(self, attempt_id: AttemptId, cause: Cause) -> None:
+        """Nobody asks again: what waits is ended once the store can be written."""
+        while True:
+            try:
+                await self._stop(attempt_id, cause)
+                return
+            except StoreUnavailable as error:
+                log.error("an attempt cannot be ended yet", attempt_id=attempt_id, cause=cause, error=str(error))
+                await asyncio.sleep(_STORE_RETRY_S)
 
 
 def replace_ttl(lease: Lease, ttl_s: float) -> Lease:

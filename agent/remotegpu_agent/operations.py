@@ -1,6 +1,6 @@
 """What a person or a program may ask of the running agent; the HTTP API is a thin skin over it.
 
-The implementation is `daemon.py`'s composition of the parts; handlers and tests see only this protocol.
+`agent_operations.py` answers from the running parts; handlers and tests see only this protocol.
 Ids may be given by unique prefix. Refusals are `Refused` with the business code of the answer.
 """
 

@@ -59,6 +59,7 @@ class Presence:
         self._on_registered = on_registered
         self._on_answer = on_answer
         self._due = asyncio.Event()
+        self._asked_pause_s = 0.0
         self._agent_id = ""
         self._machine_id = ""
         self.features: frozenset[str] = frozenset()
@@ -73,7 +74,8 @@ class Presence:
         while True:
             await self._register()
             while await self._beat():
-                await self._pause(self._interval_s * (0.9 + 0.2 * self._random()))
+                pause_s = self._interval_s * (0.9 + 0.2 * self._random())
+                await self._pause(max(pause_s, self._asked_pause_s))
 
     async def _register(self) -> None:
         self.registered.clear()
@@ -108,6 +110,7 @@ class Presence:
                 reasons=host.reasons,
             )
         )
+        self._asked_pause_s = reply.answer.retry_after_s or 0.0
         if reply.verdict is Verdict.OK:
             answer = parse_heartbeat(reply.answer.data)
             await self._on_answer(answer)

@@ -14,13 +14,17 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final, TypeAlias
 
+import structlog
+
 from remotegpu_agent.directory_watch import DirectoryWatcher
 from remotegpu_agent.supervise import Loops
 from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId
+from remotegpu_schemas.errors import Retryable
 from remotegpu_schemas.wire import clean_text
 
-_TAIL_BYTES: Final = 4096
+log = structlog.get_logger(__name__)
+
 _REPORT_EVERY_S: Final = 1.0
 _UNWATCHED_LOOK_S: Final = 5.0
 
@@ -51,7 +55,9 @@ def read_progress(path: Path, owner_uid: int) -> Progress | None:
         info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode) or info.st_uid != owner_uid:
             return None
-        return parse_progress(os.pread(fd, _TAIL_BYTES, max(0, info.st_size - _TAIL_BYTES)))
+        return parse_progress(
+            os.pread(fd, limits.PROGRESS_TAIL_MAX_BYTES, max(0, info.st_size - limits.PROGRESS_TAIL_MAX_BYTES))
+        )
     except OSError:
         return None
     finally:
@@ -91,8 +97,11 @@ class ProgressFollower:
             while True:
                 progress = read_progress(path, owner_uid)
                 if progress is not None and progress != last:
-                    last = progress
-                    await self._report(attempt_id, *progress)
+                    try:
+                        await self._report(attempt_id, *progress)
+                        last = progress
+                    except Retryable as error:
+                        log.warning("progress cannot be stored yet", attempt_id=attempt_id, error=str(error))
                     await asyncio.sleep(_REPORT_EVERY_S)
                 else:
                     await _until(changed, None if is_told else _UNWATCHED_LOOK_S)

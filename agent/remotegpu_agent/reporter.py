@@ -9,6 +9,7 @@ import asyncio
 import enum
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, assert_never
 
 import structlog
@@ -18,7 +19,7 @@ from remotegpu_agent.control_plane import ControlPlane
 from remotegpu_agent.supervise import Loops
 from remotegpu_queue import backoff, outbox
 from remotegpu_queue.outbox import Report
-from remotegpu_queue.store import Store
+from remotegpu_queue.store import Store, StoreUnavailable
 from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId
 from remotegpu_schemas.states import Cause
@@ -51,6 +52,7 @@ _SLOW: Final = Decision(Fate.AGAIN, base_s=5.0, cap_s=300.0)
 _GROWING: Final = Decision(Fate.AGAIN, base_s=1.0, cap_s=300.0)
 """A hiccup is over soon as a rule, and deployed planes renew only what has an accepted start."""
 _OPTIONAL_KINDS: Final = frozenset({"progress", "release"})
+_STORE_RETRY_S: Final = 1.0
 
 
 def decide(kind: str, verdict: Verdict, age_s: float) -> Decision:
@@ -134,7 +136,7 @@ class Reporter:
                 break
             if report.attempt_id not in self._in_flight:
                 self._in_flight.add(report.attempt_id)
-                self._loops.spawn(f"report-{report.id}", lambda report=report: self._deliver(report))  # type: ignore[misc]
+                self._loops.spawn(f"report-{report.id}", partial(self._deliver, report))
         return next_due_ns
 
     async def _deliver(self, report: Report) -> None:
@@ -144,6 +146,10 @@ class Reporter:
                 return
             reply = await self._plane.report(report.kind, report.task_id, report.body)
             await self._settle(report, reply.answer)
+        except StoreUnavailable as error:
+            # It is sent again, since nothing says that it was answered; not as fast as the plane answers.
+            log.error("what became of a report cannot be stored yet", attempt_id=report.attempt_id, error=str(error))
+            await asyncio.sleep(_STORE_RETRY_S)
         finally:
             self._in_flight.discard(report.attempt_id)
             self._changed.set()

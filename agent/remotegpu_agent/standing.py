@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from remotegpu_agent.control_plane import ControlPlane
+from remotegpu_schemas import limits
 from remotegpu_schemas.api import ControlPlaneStatus
 from remotegpu_schemas.wire import format_time
 
 State: TypeAlias = Literal["ready", "draining", "degraded"]
+
+
+_OUTBOX_FULL: Final = f"{limits.OUTBOX_MAX_ROWS} reports wait for the control plane: no more tasks are claimed"
 
 
 class Standing:
@@ -19,6 +23,7 @@ class Standing:
         self._url = url
         self.plane: ControlPlane | None = None
         self.is_registered: Callable[[], bool] = lambda: False
+        self.is_outbox_full: Callable[[], bool] = lambda: False
         self.is_draining = False
 
     @property
@@ -27,6 +32,8 @@ class Standing:
         found = []
         if self.is_draining:
             found.append("draining: the control plane asked for no more tasks on this host")
+        if self.is_outbox_full():
+            found.append(_OUTBOX_FULL)
         if self.plane is not None and self.plane.contact.error is not None:
             found.append(f"control plane: {self.plane.contact.error}")
         return found
@@ -43,6 +50,8 @@ class Standing:
         found = ["this agent is draining"] if self.is_draining else []
         if not self.is_registered():
             found.append("this agent is not registered yet")
+        if self.is_outbox_full():
+            found.append(_OUTBOX_FULL)
         return found
 
     def control_plane(self) -> ControlPlaneStatus:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Final
 
+from remotegpu_queue.backoff import full_jitter
 from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import Lease
 
@@ -68,9 +69,8 @@ def renew_after_s(ttl_s: float, interval_s: float, fraction: float) -> float:
 
 
 def renew_again_after_s(ttl_s: float, failures: int, fraction: float) -> float:
-    """Seconds until a failed renewal is tried again: doubling from 0.5 s, at most a tenth of the lease or 15 s."""
-    ceiling: float = min(15.0, ttl_s / 10, 0.5 * 2 ** min(failures, 10))
-    return max(0.05, ceiling * (0.5 + 0.5 * fraction))
+    """Seconds until a failed renewal is tried again: with full jitter, at most a tenth of the lease or 15 s."""
+    return max(0.05, full_jitter(failures, base_s=0.5, cap_s=min(15.0, ttl_s / 10), fraction=fraction))
 
 
 def lease_grace_s(grace_period_s: float, ttl_s: float) -> float:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from remotegpu_queue.queries import SQL
 from remotegpu_queue.rows import one
+from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId
 from remotegpu_schemas.task import TaskId
 
@@ -153,6 +154,11 @@ def report_dead(db: sqlite3.Connection, report_id: int, error: str) -> None:
 def drop_reports(db: sqlite3.Connection, attempt_id: AttemptId) -> None:
     """Forget what a superseded attempt still had to say."""
     db.execute(SQL["drop_reports"], {"attempt_id": attempt_id})
+
+
+def is_full(db: sqlite3.Connection, bound: int = limits.OUTBOX_MAX_ROWS) -> bool:
+    """Whether at least `bound` reports wait for delivery; dead letters do not count."""
+    return one(db, "is_outbox_full", {"bound": bound - 1}) is not None
 
 
 def has_reports(db: sqlite3.Connection, attempt_id: AttemptId) -> bool:

@@ -35,6 +35,7 @@ WIRE_ANSWER_MAX_BYTES = 32 * MIB
 WIRE_MESSAGE_MAX_CHARS = 2000
 PROGRESS_MESSAGE_MAX_CHARS = 500
 INLINE_OUTPUT_MAX_BYTES = 64 * KIB
+PLANE_CONNECTIONS_MAX = 32
 RETRY_AFTER_MAX_S = 3600.0
 HEARTBEAT_CANCELLED_MAX = 10_000
 FEATURES_MAX_COUNT = 64
@@ -47,12 +48,15 @@ OUTPUT_LIMIT_DEFAULT_BYTES = 100 * MIB
 OUTPUT_LIMIT_MIN_BYTES = 64 * KIB
 OUTPUT_READ_MAX_BYTES = MIB
 
-# A run record has three lines; the spec carries arguments and environment (execve allows 2 MiB for both by default).
+# The largest line of a run record is the spec, with arguments and environment (execve allows 2 MiB for both).
 RECORD_MAX_BYTES = 16 * MIB
-PROGRESS_FILE_MAX_BYTES = 64 * KIB
+PROGRESS_TAIL_MAX_BYTES = 4 * KIB
 
 # The agent's own API.
 API_BODY_MAX_BYTES = 4 * MIB
+TOKENS_FILE_MAX_BYTES = 64 * KIB
+AUDIT_LINE_MAX_BYTES = 4 * KIB
+"""Holds ids, a path and a reason; appends of one page do not interleave in practice."""
 API_LIST_MAX = 1000
 API_LIST_DEFAULT = 100
 API_FOLLOWERS_MAX = 64
@@ -62,11 +66,15 @@ API_STOP_ANSWER_S = 8.0
 # Store: units that wait for the writer; above it callers wait. One commit takes at most BATCH units.
 STORE_BATCH_MAX_UNITS = 128
 STORE_QUEUE_MAX_UNITS = 4096
+QUEUE_LOOK_AHEAD = 32
+"""So many waiting tasks more than slots are looked at; those that are delayed or never fit do not count."""
 QUEUE_MAX_TASKS = 200_000
 OUTBOX_MAX_ROWS = 100_000
 
 # Reports on their way at once, over all attempts.
 REPORTS_IN_FLIGHT_MAX = 16
+RUNS_STARTING_MAX = 8
+"""Launches under way at once: each is a handshake of milliseconds, and more of them only wait for the same cores."""
 REPORT_GIVE_UP_S = 86400.0
 
 # A run that ends through no fault of its task is repeated at no cost, but not for ever: a task that kills its own

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import structlog.testing
 
-from remotegpu_agent.audit import LINE_MAX_BYTES, AuditEntry, AuditLog
+from remotegpu_agent.audit import AuditEntry, AuditLog
+from remotegpu_schemas.limits import AUDIT_LINE_MAX_BYTES
 
 NOON = 1_770_292_800.0
 """2026-02-05T12:00:00Z."""
@@ -74,7 +75,7 @@ def test_lines_are_bounded(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Whatever comes in, a line stays within its bound, is JSON, and keeps who did what."""
     AuditLog(tmp_path, now=lambda: NOON).append(entry(**changes))
     (path,) = tmp_path.iterdir()
-    assert len(path.read_bytes()) <= LINE_MAX_BYTES
+    assert len(path.read_bytes()) <= AUDIT_LINE_MAX_BYTES
     (line,) = lines(tmp_path)
     assert line["what"] == "process_stop"
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from remotegpu_agent.config import Config, check_files, read_control_plane_token, token_path
-from remotegpu_agent.config_check import TOKEN_MAX_BYTES, TOKENS_FILE_MAX_BYTES, check_token, read_token
+from remotegpu_agent.config_check import TOKEN_MAX_BYTES, check_token, read_token
+from remotegpu_schemas.limits import TOKENS_FILE_MAX_BYTES
 
 
 def config_of(tmp_path: Path, **sections: dict[str, Any]) -> Config:
@@ -266,10 +267,3 @@ def test_good_tokens_file(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     path.write_text("# who\nbare\n  ci:operate:to:ken\nboard:read:x\n")
     assert check_files(config_of(tmp_path, api={"tokens_file": path}), {}) == []
-
-
-def test_same_bound_as_the_api() -> None:
-    """The check reads as much of a tokens file as the API does."""
-    from remotegpu_agent.api import tokens
-
-    assert TOKENS_FILE_MAX_BYTES == tokens.TOKENS_FILE_MAX_BYTES

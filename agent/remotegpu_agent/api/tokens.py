@@ -15,8 +15,8 @@ from typing import Final
 import structlog
 
 from remotegpu_schemas.errors import Misconfigured
+from remotegpu_schemas.limits import TOKENS_FILE_MAX_BYTES
 
-TOKENS_FILE_MAX_BYTES: Final = 64 * 1024
 DEFAULT_TOKEN_NAME: Final = "operator"
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger(__name__)

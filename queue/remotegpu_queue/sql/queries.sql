@@ -174,6 +174,9 @@ WHERE id = :id AND is_dead = 0 RETURNING attempt_id;
 SELECT (SELECT count(*) FROM outbox) - dead AS waiting, dead
 FROM (SELECT count(*) AS dead FROM outbox INDEXED BY outbox_dead WHERE is_dead = 1);
 
+-- name: is_outbox_full
+SELECT 1 FROM outbox WHERE is_dead = 0 LIMIT 1 OFFSET :bound;
+
 -- name: has_reports
 SELECT 1 FROM outbox WHERE attempt_id = :attempt_id AND is_dead = 0 LIMIT 1;
 
