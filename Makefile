@@ -86,6 +86,14 @@ demo: $(DEMO_STAMP) ## a control plane, an agent and the example tasks, live (KE
 test: lint ## the checks, then all tests: what CI runs (PYTEST_ARGS=...)
 	@$(PYTHON) -m pytest --cov $(PYTEST_ARGS)
 
+.PHONY: test-system
+test-system: $(DEV_STAMP) ## what only a real systemd can prove, in the test bed (SYSTEM_ARGS=...)
+	@$(PYTHON) -m tests.system $(SYSTEM_ARGS)
+
+.PHONY: test-long
+test-long: $(DEV_STAMP) ## the tests that try more the longer they run, at full length (PYTEST_ARGS=...)
+	@REMOTEGPU_LONG_TESTS=1 $(PYTHON) -m pytest tests/sidecar/test_abuse.py tests/sidecar/test_flood.py $(PYTEST_ARGS)
+
 .PHONY: bench
 bench: $(DEV_STAMP) ## the benchmarks (BENCH_ARGS=...)
 	@command -v tsp >/dev/null || { [ "$$(id -u)" = 0 ] && $(call APT_INSTALL,task-spooler); } || { \

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Final
 
-from benchmarks import agent, peers
+from benchmarks import agent, peers, supervision
 from benchmarks.report import Figure, Round, markdown, percentile, summary
 
 AT_ONCE: Final = 4
@@ -27,6 +27,16 @@ FIGURES: Final = (
     Figure("local_p99", "submit to start, local, p99", "ms"),
     Figure("plane_p50", "submit to start through the control plane, p50", "ms"),
     Figure("plane_p99", "submit to start through the control plane, p99", "ms"),
+    Figure("launches", "no-op tasks by launcher, spawner and shims alone, 4 at once", "tasks/s", peer="spawn"),
+    Figure("shim", "memory of the shim of a running task, unshared", "MiB", aim=1.5, is_less_better=True),
+    Figure("start", "start of an agent that adopts nothing", "s"),
+    Figure(
+        "adoption", "start of an agent that adopts 100 running tasks", "s", peer="start", aim=1.5, is_less_better=True
+    ),
+    Figure("cat", "output through `cat >file`", "MiB/s"),
+    Figure("output", "output of a task, all of it kept", "MiB/s", peer="cat"),
+    Figure("output_bounded", "output of a task, 100 MiB of it kept", "MiB/s", peer="cat"),
+    Figure("output_growth", "memory that its shim has gained meanwhile", "MiB", aim=2, is_less_better=True),
     Figure("idle", "memory of an idle agent and its spawner, unshared", "MiB"),
 )
 
@@ -37,12 +47,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds of everything (3)")
     parser.add_argument("--tasks", type=int, default=400, metavar="N", help="tasks of each throughput figure (400)")
     parser.add_argument("--starts", type=int, default=100, metavar="N", help="tasks of each latency figure (100)")
+    parser.add_argument("--output-mb", type=int, default=2048, metavar="N", help="output of the output figure (2048)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures of all rounds go")
     options = parser.parse_args()
     rounds: list[Round] = []
     for number in range(1, options.rounds + 1):
         print(f"round {number} of {options.rounds} ...", file=sys.stderr, flush=True)
-        rounds.append(_round(options.tasks, options.starts))
+        rounds.append(_round(options.tasks, options.starts, options.output_mb))
     found = summary(FIGURES, rounds)
     machine = f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {os.cpu_count()} CPUs"
     if options.json is not None:
@@ -52,7 +63,7 @@ def main() -> int:
     return 0
 
 
-def _round(tasks: int, starts: int) -> Round:
+def _round(tasks: int, starts: int, output_mb: int) -> Round:
     found: Round = {
         "spawn": peers.posix_spawn_per_s(tasks, AT_ONCE),
         "commits": _in_folder(lambda folder: peers.commits_per_s(folder, tasks)),
@@ -60,7 +71,16 @@ def _round(tasks: int, starts: int) -> Round:
         "local": _in_folder(lambda folder: agent.local_per_s(folder, tasks, AT_ONCE)),
         "plane": _in_folder(lambda folder: agent.through_plane_per_s(folder, tasks, AT_ONCE)),
         "idle": _in_folder(agent.idle_memory_mb),
+        "launches": _in_folder(lambda folder: supervision.launches_per_s(folder, tasks, AT_ONCE)),
+        "shim": _in_folder(supervision.shim_memory_mb),
+        "start": _in_folder(supervision.start_s),
+        "adoption": _in_folder(supervision.adoption_s),
+        "cat": _in_folder(lambda folder: supervision.cat_mb_per_s(folder, output_mb)),
     }
+    with _folder() as folder:
+        found["output"], _ = supervision.output_mb_per_s(folder, output_mb, 2 * output_mb)
+    with _folder() as folder:
+        found["output_bounded"], found["output_growth"] = supervision.output_mb_per_s(folder, output_mb, 100)
     latencies = {"local": agent.local_starts_s, "plane": agent.through_plane_starts_s}
     for name, measure in latencies.items():
         with _folder() as folder:

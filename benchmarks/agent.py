@@ -24,11 +24,11 @@ _TASK: Final[dict[str, Any]] = {"command": NO_OP, "args": []}
 def local_per_s(directory: Path, tasks: int, at_once: int) -> float:
     """Tasks a second of a stand-alone agent, from one submission of all to the last end on disk."""
     with agent(directory, _sections(at_once)) as host:
-        client = _client(host)
+        client = client_of(host)
         body = "\n---\n".join(json.dumps({"task": _TASK}) for _ in range(tasks)).encode()
         started = time.perf_counter()
         client.post("/tasks", body, "application/yaml")
-        _until(lambda: client.get("/queue/status")["tasks"]["completed"] == tasks)
+        until(lambda: client.get("/queue/status")["tasks"]["completed"] == tasks)
         return tasks / (time.perf_counter() - started)
 
 
@@ -38,14 +38,14 @@ def through_plane_per_s(directory: Path, tasks: int, at_once: int) -> float:
         body = json.dumps([_TASK] * tasks).encode()
         started = time.perf_counter()
         plane.call("POST", "/tasks", body)
-        _until(lambda: plane.call("GET", "/stats")["tasks"].get("completed") == tasks)
+        until(lambda: plane.call("GET", "/stats")["tasks"].get("completed") == tasks)
         return tasks / (time.perf_counter() - started)
 
 
 def local_starts_s(directory: Path, tasks: int) -> list[float]:
     """Seconds from before the request to the start of the process, for single tasks on an idle stand-alone agent."""
     with agent(directory, _sections(1)) as host:
-        client = _client(host)
+        client = client_of(host)
         found = []
         for _ in range(tasks):
             before_ns = time.time_ns()
@@ -58,8 +58,8 @@ def local_starts_s(directory: Path, tasks: int) -> list[float]:
 def through_plane_starts_s(directory: Path, tasks: int) -> list[float]:
     """As `local_starts_s`, from before the request to the plane, whose long poll the agent waits in."""
     with control_plane(directory) as plane, agent(directory, {**plane.enrol(directory), **_sections(1)}) as host:
-        client = _client(host)
-        _until(lambda: client.get("/queue/status")["control_plane"]["is_registered"])
+        client = client_of(host)
+        until(lambda: client.get("/queue/status")["control_plane"]["is_registered"])
         found = []
         for _ in range(tasks):
             before_ns = time.time_ns()
@@ -81,7 +81,8 @@ def _sections(at_once: int) -> dict[str, Any]:
     return {"capacity": {"max_concurrent": at_once}, "log": {"level": "warning"}}
 
 
-def _client(host: Agent) -> Client:
+def client_of(host: Agent) -> Client:
+    """A client of the agent's API."""
     return Client([Endpoint("benchmark", socket=str(host.socket))])
 
 
@@ -92,7 +93,7 @@ def _ended_attempt(plane: Plane, task_id: str) -> str:
         found.update(plane.call("GET", f"/tasks/{task_id}"))
         return bool(found["status"] == "completed")
 
-    _until(has_ended)
+    until(has_ended)
     return str(found["attempt_id"])
 
 
@@ -104,7 +105,8 @@ def _started_wall_ns(host: Agent, attempt_id: str) -> int:
     return started
 
 
-def _until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool]) -> None:
+    """Return as soon as it is so. Raises TimeoutError."""
     give_up_at = time.monotonic() + _TIMEOUT_S
     while not condition():
         if time.monotonic() > give_up_at:

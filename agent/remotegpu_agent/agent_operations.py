@@ -6,7 +6,7 @@ Reads the store for everything that has been written down, and the parts for wha
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,6 +146,25 @@ class AgentOperations:
         attempt, _ = await self._find(task_id)
         if attempt.state.is_final or not await self.executor.stop(attempt.attempt_id, Cause.CANCELLED):
             raise Refused(Code.TASK_FINISHED, f"task {attempt.task_id} has ended already")
+        attempt, runs = await self._find(attempt.task_id)
+        return self._view(attempt, runs[-1] if runs else None)
+
+    async def suspend_task(self, task_id: str) -> TaskView:
+        """Let a running task stand still."""
+        return await self._ask(task_id, "suspended", self.executor.suspend)
+
+    async def resume_task(self, task_id: str) -> TaskView:
+        """Let a suspended task go on."""
+        return await self._ask(task_id, "resumed", self.executor.resume)
+
+    async def _ask(self, task_id: str, word: str, ask: Callable[[AttemptId], Awaitable[None]]) -> TaskView:
+        attempt, _ = await self._find(task_id)
+        try:
+            await ask(attempt.attempt_id)
+        except Refused as refusal:
+            attempt, _ = await self._find(attempt.task_id)
+            reason = f"task {attempt.task_id} is {attempt.state} and cannot be {word}: {refusal}"
+            raise Refused(refusal.code, reason) from None
         attempt, runs = await self._find(attempt.task_id)
         return self._view(attempt, runs[-1] if runs else None)
 

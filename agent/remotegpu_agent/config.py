@@ -30,6 +30,7 @@ from remotegpu_agent.config_values import (
 )
 from remotegpu_schemas import limits
 from remotegpu_schemas import problems as report
+from remotegpu_schemas.attempt import PlacementKind
 from remotegpu_schemas.errors import Misconfigured
 from remotegpu_schemas.explain import Wording, explain
 from remotegpu_schemas.forms import Form, Text
@@ -109,6 +110,7 @@ class TasksSection(Form):
     default_timeout: Duration = 0.0
     grace_period: Duration = 30.0
     run_as: UserName = None
+    placement: Annotated[PlacementKind, Field(strict=False)] = PlacementKind.AUTO
     env: Environment = Field(default={})
 
 

@@ -34,7 +34,6 @@ _LATER: Final[Mapping[str, Any]] = {
     },
     "tasks": {
         "isolation": {"readonly_paths": [], "writable_paths": []},
-        "placement": "auto",
         "on_reboot": "fail",
         "policy": {"allowed_commands": [], "blocked_patterns": [], "allowed_workdirs": []},
     },

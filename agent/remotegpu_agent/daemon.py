@@ -53,6 +53,7 @@ from remotegpu_schemas.wire import HeartbeatAnswer, RegisterRequest
 from remotegpu_sidecar import identity
 from remotegpu_sidecar.adoption import directory_name
 from remotegpu_sidecar.launcher import Launcher
+from remotegpu_sidecar.placement import Placement, choose
 
 log = structlog.get_logger(__name__)
 
@@ -90,7 +91,7 @@ def _on_signals(stopping: asyncio.Event) -> None:
 class Agent:
     """All the parts of a running agent. Made by `start`; whatever is on the exit stack stops them."""
 
-    def __init__(self, config: Config, names: Names, store: Store, loops: Loops) -> None:
+    def __init__(self, config: Config, names: Names, store: Store, loops: Loops, placement: Placement) -> None:
         self._config = config
         self._names = names
         self._store = store
@@ -100,7 +101,7 @@ class Agent:
         self._attempts_dir = self._state_dir / "attempts"
         self._announcer = Announcer()
         self._watcher = DirectoryWatcher()
-        self._launcher = Launcher(self._attempts_dir)
+        self._launcher = Launcher(self._attempts_dir, placement)
         self._standing = Standing(config.control_plane.url)
         inline_limit_bytes = config.results.inline_limit_kb * limits.KIB
         self._reports = Reports(names.agent_id, self._attempts_dir, inline_limit_bytes)
@@ -126,7 +127,9 @@ class Agent:
         boot_id = identity.boot_id()
         names = await store.write(lambda db: name_agent(db, config.agent, boot_id))
         loops = Loops()
-        agent = cls(config, names, store, loops)
+        placement = await choose(config.tasks.placement)
+        log.info("placement of runs", kind=placement.kind, missing=placement.missing)
+        agent = cls(config, names, store, loops, placement)
         stack.callback(agent._watcher.close)
         await agent._launcher.start()
         stack.push_async_callback(agent._launcher.stop)

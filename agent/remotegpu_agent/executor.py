@@ -7,6 +7,7 @@ are the sidecar's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sqlite3
 from collections.abc import Callable
@@ -24,13 +25,12 @@ from remotegpu_agent.reports import Reports, usage_of
 from remotegpu_agent.runspec import (
     RunSettings,
     build_run_spec,
-    grace_period_s,
     prepare_work_dir,
     progress_path,
     refusal,
 )
 from remotegpu_agent.supervise import Loops
-from remotegpu_queue import leasing, units, views
+from remotegpu_queue import units, views
 from remotegpu_queue.rows import Attempt
 from remotegpu_queue.store import LostRace, Store, StoreUnavailable
 from remotegpu_queue.transitions import (
@@ -44,6 +44,7 @@ from remotegpu_queue.transitions import (
 )
 from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId, EndedBy, Lease, RunEnded, RunNo, RunRecord, RunStarted
+from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.states import CAUSE_RULES, Cause, Retry, wire_exit_code
 from remotegpu_schemas.task import Resources, TaskId
 from remotegpu_schemas.wire import JsonObject
@@ -212,10 +213,8 @@ class Executor:
     async def _launch(self, attempt: Attempt, run_no: RunNo) -> Run:
         prepare_work_dir(attempt.task, self._settings.run)
         lease = self.leases.current(attempt.attempt_id) or attempt.lease
-        lease_grace_s = 0.0
-        if lease is not None:
-            lease_grace_s = leasing.lease_grace_s(grace_period_s(attempt.task, self._settings.run), lease.ttl_s)
-        spec = build_run_spec(attempt.task, attempt.attempt_id, run_no, self._settings.run, lease_grace_s=lease_grace_s)
+        ttl_s = lease.ttl_s if lease is not None else None
+        spec = build_run_spec(attempt.task, attempt.attempt_id, run_no, self._settings.run, lease_ttl_s=ttl_s)
         return await self._launcher.launch(spec, self._fence_ns(lease))
 
     def _fence_ns(self, lease: Lease | None) -> int | None:
@@ -230,11 +229,21 @@ class Executor:
 
     # --- adopting ---
 
-    def adopt(self, attempt: Attempt, run_no: RunNo, run: Run, stop_cause: Cause | None) -> None:
-        """Take over a run that another agent process started; its identity and report are stored if they were not."""
+    def adopt(
+        self, attempt: Attempt, run_no: RunNo, run: Run, stop_cause: Cause | None, *, is_suspended: bool = False
+    ) -> None:
+        """Take over a run that another agent process started; its identity and report are stored if they were not.
+
+        What was stored about its suspension counts, whether or not the other agent came to act on it.
+        """
         active = Active(attempt.attempt_id, attempt.task_id, attempt.task.resources, attempt, run_no)
         active.run, active.stop_cause = run, stop_cause
         self.active[attempt.attempt_id] = active
+        if run.is_to_be_suspended != is_suspended:
+            try:
+                _suspend_or_resume(run, is_suspended=is_suspended)
+            except OSError as error:
+                log.error("a run is not as it should be", attempt_id=attempt.attempt_id, error=str(error))
         self._loops.spawn(f"run-{attempt.attempt_id}", lambda: self._own(active, self._follow(active, run)))
 
     def hold_lease(self, attempt: Attempt) -> None:
@@ -268,6 +277,8 @@ class Executor:
         record = await run.wait()
         if active.started is None and record.started is not None:
             await self._note_started(active, record.started)
+        if active.stop_cause is None and was_stopped(record) and await self._launcher.is_host_stopping():
+            active.stop_cause = Cause.HOST_SHUTDOWN
         await self._finish(active, self._outcome(active, record, Missing.SHIM_LOST), record)
 
     async def _note_started(self, active: Active, started: RunStarted) -> None:
@@ -407,6 +418,41 @@ class Executor:
         report = self._reports.progress(active.attempt, *progress) if active.attempt is not None else None
         return (report, self._settings.boot_id) if report is not None else None
 
+    # --- suspending ---
+
+    async def suspend(self, attempt_id: AttemptId) -> None:
+        """Let a running task stand still: on disk first, then in fact. It keeps what it holds, and its lease.
+
+        Raises Refused: STATE_CONFLICT (it does not run), UNAVAILABLE; StoreUnavailable.
+        """
+        await self._change_suspension(attempt_id, units.suspend_run, is_suspended=True)
+
+    async def resume(self, attempt_id: AttemptId) -> None:
+        """Let a suspended task go on. Raises Refused: STATE_CONFLICT (it is not suspended); StoreUnavailable."""
+        await self._change_suspension(attempt_id, units.resume_run, is_suspended=False)
+
+    async def _change_suspension(
+        self, attempt_id: AttemptId, unit: Callable[[sqlite3.Connection, AttemptId, RunNo], None], *, is_suspended: bool
+    ) -> None:
+        active = self.active.get(attempt_id)
+        if active is None or active.run is None:
+            raise Refused(Code.STATE_CONFLICT, "it has no process")
+        run_no, run = active.run_no, active.run
+        try:
+            await self._store.write(lambda db: unit(db, attempt_id, run_no))
+        except (LostRace, IllegalTransition) as error:
+            raise Refused(Code.STATE_CONFLICT, str(error)) from None
+        try:
+            _suspend_or_resume(run, is_suspended=is_suspended)
+        except OSError as error:
+            undo = units.resume_run if is_suspended else units.suspend_run
+            with contextlib.suppress(LostRace, IllegalTransition):  # it has ended meanwhile
+                await self._store.write(lambda db: undo(db, attempt_id, run_no))
+            raise Refused(Code.UNAVAILABLE, f"the run's directory cannot be written: {error.strerror}") from error
+        self._announcer.announce(active.task_id)
+        word = "suspended" if is_suspended else "resumed"
+        log.info(f"a run is {word}", task_id=active.task_id, attempt_id=attempt_id, run_no=run_no)
+
     # --- stopping ---
 
     async def stop(self, attempt_id: AttemptId, cause: Cause, *, is_kill: bool = False) -> bool:
@@ -473,6 +519,18 @@ class Executor:
         self._on_report()
         log.info("a waiting task has ended", task_id=attempt.task_id, attempt_id=attempt.attempt_id, cause=cause)
         return True
+
+
+def _suspend_or_resume(run: Run, *, is_suspended: bool) -> None:
+    if is_suspended:
+        run.suspend()
+    else:
+        run.resume()
+
+
+def was_stopped(record: RunRecord) -> bool:
+    """Whether it ended because somebody asked its shim to; if that was not this agent, it may have been a shutdown."""
+    return record.ended is not None and record.ended.ended_by is EndedBy.STOP
 
 
 def _is_to_end(active: Active) -> bool:

@@ -64,6 +64,20 @@ class Operations(Protocol):
         """
         ...
 
+    async def suspend_task(self, task_id: str) -> TaskView:
+        """Let a running task stand still, with all that it holds; its timeout stands still too, its lease does not.
+
+        Raises Refused: TASK_NOT_FOUND, STATE_CONFLICT (it does not run).
+        """
+        ...
+
+    async def resume_task(self, task_id: str) -> TaskView:
+        """Let a suspended task go on.
+
+        Raises Refused: TASK_NOT_FOUND, STATE_CONFLICT (it is not suspended).
+        """
+        ...
+
     async def read_log(self, task_id: str, *, stream: Stream, offset: int, limit: int, run_no: int | None) -> LogChunk:
         """A piece of output; a negative offset counts from the end. `run_no` None means the last run.
 

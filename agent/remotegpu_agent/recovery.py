@@ -13,14 +13,15 @@ from typing import TypeAlias
 
 import structlog
 
-from remotegpu_agent.executor import Executor
+from remotegpu_agent.executor import Executor, was_stopped
 from remotegpu_agent.supervise import Loops
 from remotegpu_queue import views
 from remotegpu_queue.rows import Attempt, Run
 from remotegpu_queue.store import Store
 from remotegpu_queue.transitions import Missing
-from remotegpu_schemas.attempt import AttemptId, RunNo
-from remotegpu_sidecar import remains
+from remotegpu_schemas.attempt import AttemptId, RunNo, RunRecord
+from remotegpu_schemas.states import Cause, RunState
+from remotegpu_sidecar import identity, remains
 from remotegpu_sidecar.launcher import Adopted, AdoptedState
 
 log = structlog.get_logger(__name__)
@@ -60,7 +61,8 @@ async def recover(store: Store, executor: Executor, loops: Loops, found: Sequenc
         attempt = attempts[run.attempt_id]
         here = by_key.get(key)
         if here is not None and here.run is not None:
-            executor.adopt(attempt, run.run_no, here.run, run.stop_cause)
+            is_suspended = run.state is RunState.SUSPENDED
+            executor.adopt(attempt, run.run_no, here.run, run.stop_cause, is_suspended=is_suspended)
             adopted += 1
         elif here is not None and (here.left_pids or here.state is AdoptedState.UNREADABLE):
             log.error("what is left of a run is being killed", directory=str(here.directory), reason=here.reason)
@@ -73,13 +75,24 @@ async def recover(store: Store, executor: Executor, loops: Loops, found: Sequenc
 
 
 async def _kill_and_finish(executor: Executor, attempt: Attempt, run: Run, found: Adopted) -> None:
-    await remains.kill({(run.attempt_id, run.run_no): run.process}, give_up_after_s=math.inf)
+    key: remains.RunKey = (run.attempt_id, run.run_no)
+    cgroup = found.record.cgroup if found.record is not None else None
+    groups: dict[remains.RunKey, str] = {key: cgroup} if cgroup is not None else {}
+    await remains.kill({key: run.process}, math.inf, groups)
+    await remains.remove_groups(groups.values())
     await _finish(executor, attempt, run, found)
 
 
 async def _finish(executor: Executor, attempt: Attempt, run: Run, found: Adopted | None) -> None:
     state, record = (found.state, found.record) if found is not None else (AdoptedState.NEVER_STARTED, None)
-    await executor.settle(attempt, run.run_no, run.stop_cause, record, _MISSING.get(state, Missing.SHIM_LOST))
+    stop_cause = run.stop_cause
+    if stop_cause is None and record is not None and was_stopped(record) and _is_of_another_boot(record):
+        stop_cause = Cause.HOST_SHUTDOWN  # no agent asked for it, nor lived to see it
+    await executor.settle(attempt, run.run_no, stop_cause, record, _MISSING.get(state, Missing.SHIM_LOST))
+
+
+def _is_of_another_boot(record: RunRecord) -> bool:
+    return record.started is not None and record.started.shim.boot_id != identity.boot_id()
 
 
 def _let_be(found: Adopted) -> None:

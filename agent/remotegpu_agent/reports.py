@@ -143,4 +143,6 @@ def usage_of(usage: RunUsage) -> dict[str, float]:
         "wall_s": round(usage.wall_s, 3),
         "cpu_s": round(usage.cpu_s, 3),
         "memory_peak_mb": round(usage.memory_peak_bytes / limits.MIB),
+        "io_read_mb": round(usage.io_read_bytes / limits.MIB, 1),
+        "io_write_mb": round(usage.io_write_bytes / limits.MIB, 1),
     }

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from remotegpu_schemas.attempt import AttemptId, RunNo, RunSpec, TaskUser
+from remotegpu_queue import leasing
+from remotegpu_schemas import limits
+from remotegpu_schemas.attempt import AttemptId, RunLimits, RunNo, RunSpec, TaskUser
 from remotegpu_schemas.errors import Code, Misconfigured, Refused
-from remotegpu_schemas.task import Task, TaskId, TaskType
+from remotegpu_schemas.task import Resources, Task, TaskId, TaskType
 
 DEFAULT_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SCRIPT_NAME: Final = ".remotegpu-script"
@@ -71,9 +73,14 @@ def grace_period_s(task: Task, settings: RunSettings) -> float:
 
 
 def build_run_spec(
-    task: Task, attempt_id: AttemptId, run_no: RunNo, settings: RunSettings, *, lease_grace_s: float
+    task: Task, attempt_id: AttemptId, run_no: RunNo, settings: RunSettings, *, lease_ttl_s: float | None
 ) -> RunSpec:
     """The spec of one run. The environment is complete: nothing of the agent's own reaches the task."""
+    grace_s, warn = grace_period_s(task, settings), task.warn
+    lease_grace_s, lease_warn_s = 0.0, None
+    if lease_ttl_s is not None:
+        lease_grace_s = leasing.lease_grace_s(grace_s, lease_ttl_s)
+        lease_warn_s = leasing.lease_warn_s(warn.before_s, lease_ttl_s) if warn is not None else None
     directory = work_dir(settings.state_dir, task.task_id)
     timeout_s = task.timeout_s or settings.default_timeout_s
     return RunSpec(
@@ -85,10 +92,25 @@ def build_run_spec(
         cwd=os.path.join(directory, task.workdir) if task.workdir else str(directory),
         user=settings.user,
         timeout_s=timeout_s or None,
-        grace_period_s=grace_period_s(task, settings),
+        grace_period_s=grace_s,
         lease_grace_s=lease_grace_s,
         stop_signal=task.stop_signal,
+        warn_signal=warn.signal if warn is not None else None,
+        warn_before_s=warn.before_s if warn is not None else None,
+        lease_warn_s=lease_warn_s,
         output_limit_bytes=settings.output_limit_bytes,
+        run_limits=_run_limits(task.resources),
+    )
+
+
+def _run_limits(resources: Resources) -> RunLimits:
+    """What was asked for is what there is: more would be taken from tasks that asked for theirs."""
+    has_memory = resources.memory_mb > 0
+    return RunLimits(
+        memory_bytes=resources.memory_mb * limits.MIB if has_memory else None,
+        swap_bytes=0 if has_memory else None,
+        cpus=resources.cpus or None,
+        tasks_max=limits.TASK_PROCESSES_MAX,
     )
 
 

@@ -76,3 +76,11 @@ def renew_again_after_s(ttl_s: float, failures: int, fraction: float) -> float:
 def lease_grace_s(grace_period_s: float, ttl_s: float) -> float:
     """How long a task may take to stop when its lease ends; it lies before the deadline."""
     return min(grace_period_s, ttl_s / 3)
+
+
+def lease_warn_s(warn_before_s: float, ttl_s: float) -> float:
+    """How long before that stop a task is warned: with the grace at most half of a lease.
+
+    A lease is renewed after a third of it, and once more before that: who is warned has missed a renewal.
+    """
+    return min(warn_before_s, ttl_s / 6)

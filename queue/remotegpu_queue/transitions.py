@@ -118,9 +118,11 @@ def _cause_of(ended: RunEnded, stop_cause: Cause | None) -> Cause:
         case EndedBy.ABANDONED:
             return stop_cause or Cause.AGENT_LOST
         case EndedBy.EXIT:
-            if ended.signal is not None:
-                return Cause.SIGNAL
-            return Cause.SUCCEEDED if ended.exit_code == 0 else Cause.EXIT_CODE
+            if ended.signal is None and ended.exit_code == 0:
+                return Cause.SUCCEEDED
+            if ended.oom_kills:  # the main process itself, or one that it could not do without
+                return Cause.OUT_OF_MEMORY
+            return Cause.SIGNAL if ended.signal is not None else Cause.EXIT_CODE
 
 
 def _sentence(cause: Cause, ended: RunEnded, timeout_s: float | None) -> str:
@@ -131,6 +133,8 @@ def _sentence(cause: Cause, ended: RunEnded, timeout_s: float | None) -> str:
             return f"the task exited with code {ended.exit_code}"
         case Cause.SIGNAL:
             return f"the task was ended by {_signal_name(ended.signal)}"
+        case Cause.OUT_OF_MEMORY:
+            return _out_of_memory_sentence(ended)
         case Cause.TIMED_OUT:
             limit = f" of {timeout_s:g} s" if timeout_s else ""
             return f"the task ran longer than its timeout{limit} and was stopped"
@@ -141,6 +145,15 @@ def _sentence(cause: Cause, ended: RunEnded, timeout_s: float | None) -> str:
             return _MISSING[Missing.NEVER_STARTED][1]
         case _:
             return _stop_sentence(cause)
+
+
+def _out_of_memory_sentence(ended: RunEnded) -> str:
+    used = ended.usage.memory_peak_bytes / limits.MIB
+    processes = "one process" if ended.oom_kills == 1 else f"{ended.oom_kills} processes"
+    return (
+        f"the task ran out of memory: the kernel killed {processes} of it, at {used:.0f} MiB;"
+        " ask for more with resources.memory_gb"
+    )
 
 
 def _stop_sentence(cause: Cause) -> str:

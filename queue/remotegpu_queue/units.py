@@ -213,6 +213,31 @@ def request_stop(db: sqlite3.Connection, attempt_id: AttemptId, run_no: RunNo, c
     return cause
 
 
+def suspend_run(db: sqlite3.Connection, attempt_id: AttemptId, run_no: RunNo) -> None:
+    """Write down that a running task is to stand still. Raises LostRace, IllegalTransition (it does not run)."""
+    _suspend_or_resume(db, attempt_id, run_no, TaskEvent.SUSPEND, RunEvent.SUSPEND)
+
+
+def resume_run(db: sqlite3.Connection, attempt_id: AttemptId, run_no: RunNo) -> None:
+    """Write down that a suspended task is to go on. Raises LostRace, IllegalTransition (it is not suspended)."""
+    _suspend_or_resume(db, attempt_id, run_no, TaskEvent.RESUME, RunEvent.RESUME)
+
+
+def _suspend_or_resume(
+    db: sqlite3.Connection, attempt_id: AttemptId, run_no: RunNo, task_event: TaskEvent, run_event: RunEvent
+) -> None:
+    attempt = one(db, "attempt_state", {"attempt_id": attempt_id})
+    run = one(db, "run_state", {"attempt_id": attempt_id, "run_no": run_no})
+    if attempt is None or run is None:
+        raise LostRace(f"there is no run {run_no} of attempt {attempt_id}")
+    key = {"attempt_id": attempt_id, "run_no": run_no}
+    state, task_state = RunState(run["state"]), TaskState(attempt["state"])
+    # The run first: its state says more about why not.
+    change(db, "run_suspension", {**key, "state": state, "new_state": next_run_state(state, run_event)})
+    new_state = next_task_state(task_state, task_event)
+    change(db, "attempt_suspension", {**key, "state": task_state, "new_state": new_state})
+
+
 def run_ended(
     db: sqlite3.Connection,
     attempt_id: AttemptId,

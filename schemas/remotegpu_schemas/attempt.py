@@ -55,10 +55,38 @@ class TaskUser(Frozen):
     """The user whose rights a task runs with, resolved by the agent before the launch."""
 
     name: str
-    uid: int
-    gid: int
+    uid: Annotated[int, Field(ge=0, le=limits.UID_MAX)]
+    gid: Annotated[int, Field(ge=0, le=limits.UID_MAX)]
     groups: tuple[int, ...] = ()
     home: str = "/"
+
+
+class PlacementKind(enum.StrEnum):
+    """Where runs are put, the best first; `auto` is the first that is possible."""
+
+    AUTO = "auto"
+    SYSTEMD = "systemd"
+    """A transient scope each."""
+    CGROUP = "cgroup"
+    """A control group each, made by the agent itself."""
+    PROCESS_GROUP = "process-group"
+    """Nowhere in particular."""
+
+
+class RunLimits(Frozen):
+    """What a run may use, where its placement can enforce it; None is no limit.
+
+    `cpus` is a share of processor time; weights are between 1 and 10000, 100 being usual (systemd.resource-control(5));
+    `allowed_cpus` is a list as in "0-3,8".
+    """
+
+    memory_bytes: Annotated[int, Field(gt=0)] | None = None
+    swap_bytes: Annotated[int, Field(ge=0)] | None = None
+    cpus: Annotated[float, Field(gt=0)] | None = None
+    cpu_weight: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    io_weight: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    allowed_cpus: Annotated[str, Field(pattern=r"^[0-9][0-9,-]*$")] | None = None
+    tasks_max: Annotated[int, Field(gt=0)] | None = None
 
 
 class RunSpec(Frozen):
@@ -79,7 +107,12 @@ class RunSpec(Frozen):
     grace_period_s: Annotated[float, Field(ge=0)] = 30.0
     lease_grace_s: Annotated[float, Field(ge=0)] = 0.0
     stop_signal: Annotated[int, Field(ge=1, le=64)] = 15
+    warn_signal: Annotated[int, Field(ge=1, le=64)] | None = None
+    warn_before_s: Annotated[float, Field(gt=0)] | None = None
+    """How long before the timeout the warning is due; `lease_warn_s` likewise before the lease's stop."""
+    lease_warn_s: Annotated[float, Field(gt=0)] | None = None
     output_limit_bytes: Annotated[int, Field(ge=limits.OUTPUT_LIMIT_MIN_BYTES)] = limits.OUTPUT_LIMIT_DEFAULT_BYTES
+    run_limits: RunLimits = RunLimits()
 
 
 class RunStarted(Frozen):
@@ -107,11 +140,16 @@ class EndedBy(enum.StrEnum):
 
 
 class RunUsage(Frozen):
-    """What the run's process tree used, as far as it was waited for (getrusage(2), RUSAGE_CHILDREN)."""
+    """What the run's process tree used, as far as it was waited for (getrusage(2), RUSAGE_CHILDREN).
+
+    `io_*` is what went to and came from block devices; the page cache costs nothing.
+    """
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
     memory_peak_bytes: int = 0
+    io_read_bytes: int = 0
+    io_write_bytes: int = 0
 
 
 class RunEnded(Frozen):
@@ -127,12 +165,18 @@ class RunEnded(Frozen):
     stderr_bytes: int = 0
     output_dropped_bytes: int = 0
     stragglers_killed: int = 0
+    oom_kills: int = 0
+    """How many of its processes the kernel has killed for want of memory, as far as its placement can tell."""
     usage: RunUsage = RunUsage()
 
 
 class RunRecord(Frozen):
-    """What a run's directory says: the spec always, then started and ended as far as the run came."""
+    """What a run's directory says: the spec always, then started and ended as far as the run came.
+
+    `cgroup` is the path of the run's control group, if it was given one.
+    """
 
     spec: RunSpec
     started: RunStarted | None = None
     ended: RunEnded | None = None
+    cgroup: str | None = None

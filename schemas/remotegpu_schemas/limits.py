@@ -20,6 +20,9 @@ LABEL_MAX_CHARS = 256
 TIMEOUT_MAX_S = 366 * 86400.0
 RETRIES_MAX = 1000
 
+# (uid_t)-1 means "leave it as it is" to setresuid(2): a task that is given it would keep the agent's rights.
+UID_MAX = 2**32 - 2
+
 # Task files: a person writes them. A megabyte holds about 20,000 lines.
 TASK_FILE_MAX_BYTES = MIB
 # Reading a document costs a third of a millisecond, and the daemon reads files between its other duties.
@@ -73,6 +76,9 @@ OUTBOX_MAX_ROWS = 100_000
 
 # Reports on their way at once, over all attempts.
 REPORTS_IN_FLIGHT_MAX = 16
+TASK_PROCESSES_MAX = 16_384
+"""Processes and threads of one run: a fork bomb stops here, far below a host's pid_max (32,768 at least, as a rule
+4,194,304), while a training with data loaders on 256 processors, a few threads each, stays below it."""
 RUNS_STARTING_MAX = 8
 """Launches under way at once: each is a handshake of milliseconds, and more of them only wait for the same cores."""
 REPORT_GIVE_UP_S = 86400.0

@@ -122,6 +122,26 @@ class RetryPolicy(Strict):
     exit_codes: frozenset[int] = frozenset()
 
 
+SIGNALS_WITHOUT_HANDLER = frozenset({9, 19})
+"""SIGKILL and SIGSTOP (signal(7)): no process can hear them."""
+
+
+def _can_be_heard(value: int) -> int:
+    if value in SIGNALS_WITHOUT_HANDLER:
+        raise ValueError("must be a signal that a task can handle; SIGKILL and SIGSTOP are none")
+    return value
+
+
+AudibleSignal = Annotated[int, Field(ge=1, le=64), AfterValidator(_can_be_heard)]
+
+
+class Warn(Strict):
+    """A signal `before_s` ahead of the timeout and of the lease's stop, to those processes that listen for it."""
+
+    signal: AudibleSignal = 10
+    before_s: Annotated[float, Field(gt=0, le=limits.TIMEOUT_MAX_S, allow_inf_nan=False)]
+
+
 class OnUnreachable(enum.StrEnum):
     """What happens to a leased run when the control plane cannot be reached until its lease ends."""
 
@@ -149,6 +169,7 @@ class Task(Strict):
     grace_period_s: Seconds | None = None
     priority: Priority = PRIORITY_DEFAULT
     stop_signal: Annotated[int, Field(ge=1, le=64)] = 15
+    warn: Warn | None = None
     retry: RetryPolicy = RetryPolicy()
     labels: dict[LabelText, LabelText] = Field(default={}, max_length=limits.LABELS_MAX_COUNT)
     group_id: Identifier | None = None

@@ -18,6 +18,7 @@ from remotegpu_schemas.forms import Form, Text, no_nul, scalar_text
 from remotegpu_schemas.problems import Finding
 from remotegpu_schemas.quantities import Duration
 from remotegpu_schemas.task import (
+    SIGNALS_WITHOUT_HANDLER,
     Argument,
     Backoff,
     EnvironmentName,
@@ -29,6 +30,7 @@ from remotegpu_schemas.task import (
     Task,
     TaskId,
     TaskType,
+    Warn,
 )
 
 # --- values --------------------------------------------------------------------------------------------------------
@@ -49,6 +51,19 @@ def _signal_number(value: object) -> object:
     raise ValueError(f"must be a signal: {how}")
 
 
+def _audible_signal_number(value: object) -> object:
+    number = _signal_number(value)
+    if number in SIGNALS_WITHOUT_HANDLER:
+        raise ValueError("must be a signal that a task can hear, such as SIGUSR1; SIGKILL and SIGSTOP are none")
+    return number
+
+
+def _duration_above_zero(value: float) -> float:
+    if not value > 0:
+        raise ValueError("must be more than 0, such as 5m")
+    return value
+
+
 def _identifier(value: str) -> str:
     if not re.fullmatch(limits.ID_PATTERN, value):
         raise ValueError(
@@ -64,6 +79,7 @@ _Word = Annotated[Argument, BeforeValidator(scalar_text)]
 _LabelText = Annotated[LabelText, BeforeValidator(scalar_text)]
 Labels = Annotated[dict[LabelText, _LabelText], Field(max_length=limits.LABELS_MAX_COUNT)]
 _Signal = Annotated[int, BeforeValidator(_signal_number)]
+_AudibleSignal = Annotated[int, BeforeValidator(_audible_signal_number)]
 _Retries = Annotated[int, Field(ge=0, le=limits.RETRIES_MAX)]
 _Type = Annotated[TaskType, Field(strict=False)]
 _Backoff = Annotated[Backoff, Field(strict=False)]
@@ -87,6 +103,13 @@ class RetryForm(Form):
     max_delay: Duration | None = None
     on: list[_RetryOn] | None = None
     exit_codes: list[Annotated[int, Field(ge=1, le=255)]] | None = None
+
+
+class WarnForm(Form):
+    """`warn:`; without a signal it is SIGUSR1."""
+
+    signal: _AudibleSignal = int(signal.SIGUSR1)
+    before: Annotated[Duration, AfterValidator(_duration_above_zero)]
 
 
 class TargetsForm(Form):
@@ -116,6 +139,7 @@ class TaskForm(Form):
     grace_period: Duration | None = None
     priority: Priority | None = None
     stop_signal: _Signal | None = None
+    warn: WarnForm | None = None
     retry: RetryForm | None = None
     labels: Labels = Field(default={})
     group_id: _Id | None = None
@@ -160,6 +184,7 @@ def to_task(form: TaskForm, task_id: TaskId, defaults: TaskForm | None = None) -
         "timeout_s": form.timeout,
         "priority": form.priority,
         "stop_signal": form.stop_signal,
+        "warn": Warn(signal=form.warn.signal, before_s=form.warn.before) if form.warn is not None else None,
     }
     return Task(
         id=task_id,

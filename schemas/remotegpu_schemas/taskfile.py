@@ -54,7 +54,6 @@ _NOT_SUPPORTED: Final[Mapping[Path, frozenset[str]]] = {
             "on_unreachable",
             "preemptible",
             "repeat_count",
-            "warn",
             "when",
         }
     ),
@@ -247,6 +246,8 @@ def _omissions(form: TaskForm) -> Iterator[Finding]:
         yield Finding(("interpreter",), "'interpreter' is for a 'script', and this task has none", True)
     if form.type is TaskType.CONTAINER:
         yield Finding(("type",), "a task of type 'container' is not supported by this version")
+    if form.warn is not None and form.timeout and form.warn.before >= form.timeout:
+        yield Finding(("warn", "before"), "'warn.before' is not shorter than 'timeout': nobody would be warned")
     if form.retry is not None and form.retry.on == []:
         yield Finding(("retry", "on"), "'retry.on' is empty: no cause is retried; name some, or leave it out")
 

@@ -82,7 +82,7 @@ def survey(attempts_dir: Path, settled: Container[str] = ()) -> list[Found]:
 
 
 def inspect(directory: Path) -> Found:
-    """Look at one attempt directory. Never raises for what it holds."""
+    """Look at one attempt directory. Never raises for what it holds. Raises OSError where it cannot look (SCARCE)."""
     match = _DIRECTORY_NAME.fullmatch(directory.name)
     if match is None or directory.is_symlink() or not directory.is_dir():
         return Found(directory, AdoptedState.UNREADABLE, reason="not a directory named <attempt id>.<run number>")
@@ -90,6 +90,8 @@ def inspect(directory: Path) -> Found:
     try:
         return _inspect(directory, attempt_id, run_no)
     except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, OSError) and error.errno in identity.SCARCE:
+            raise  # the fault is this process's, not the directory's
         reason = " ".join(str(error).split())[: limits.WIRE_MESSAGE_MAX_CHARS]
         return Found(directory, AdoptedState.UNREADABLE, attempt_id, run_no, reason=reason)
 
@@ -110,7 +112,7 @@ def _inspect(directory: Path, attempt_id: AttemptId, run_no: RunNo) -> Found:
     started = RunStarted.model_validate(lines["started"]) if "started" in lines else None
     ended = RunEnded.model_validate(lines["ended"]) if "ended" in lines else None
     state = _state_of(lines, shim)
-    found_record = RunRecord(spec=spec, started=started, ended=ended)
+    found_record = RunRecord(spec=spec, started=started, ended=ended, cgroup=record.cgroup_of(lines))
     return Found(directory, state, attempt_id, run_no, found_record, "; ".join(complaints), shim)
 
 

@@ -1,10 +1,13 @@
 """Who a process is: boot id, pid and start time, so that a pid that was given out again is never taken for it.
 
+Who cannot look because descriptors or memory have run out must not believe that nobody is there: OSError (SCARCE).
+
 Standard library only, and light: the spawner and every shim carry it.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
         def pid(self) -> int: ...
         @property
         def start_ticks(self) -> int: ...
+
+
+SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class Identity:
@@ -75,10 +81,12 @@ def boottime_ns() -> int:
 
 
 def stat_of(pid: int) -> Stat | None:
-    """What /proc says about a process, a zombie too; None if there is none."""
+    """What /proc says about a process, a zombie too; None if there is none. Raises OSError where that stays open."""
     try:
         fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except OSError as error:
+        if error.errno in SCARCE:
+            raise
         return None
     try:
         return Stat(pid, os.read(fd, 4096))
@@ -117,6 +125,22 @@ def open_pidfd(identity: ProcessId) -> int:
         return fd
     os.close(fd)
     raise ProcessLookupError(f"process {identity.pid} has ended; its number may be another's now")
+
+
+def hears(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal, or blocks it to wait for it (SigCgt, SigBlk: proc(5))."""
+    try:
+        fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        status = os.read(fd, 8192)
+    except OSError:  # it has ended
+        return False
+    finally:
+        os.close(fd)
+    masks = (line[7:] for line in status.split(b"\n") if line.startswith((b"SigCgt:", b"SigBlk:")))
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
 
 
 def send_signal(pid: int, start_ticks: int, number: int) -> bool:

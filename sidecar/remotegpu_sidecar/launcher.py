@@ -12,28 +12,31 @@ import errno
 import json
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Container, Generator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from pydantic import ValidationError
 
 from remotegpu_schemas.attempt import ProcessIdentity, RunSpec, RunStarted
-from remotegpu_schemas.errors import Retryable
-from remotegpu_sidecar import identity, record, remains, shim, spawner
+from remotegpu_sidecar import identity, record, remains, shim
 from remotegpu_sidecar.adoption import Adopted, AdoptedState, Found, directory_name, inspect, survey
+from remotegpu_sidecar.placement import Placement, ProcessGroupPlacement
 from remotegpu_sidecar.runs import Run, write_deadline
+from remotegpu_sidecar.spawning import LaunchError, Spawner
 
 __all__ = ["Adopted", "AdoptedState", "LaunchError", "Launcher", "Place", "Run"]
 
-Place = Callable[[ProcessIdentity], Awaitable[None]]
-"""Puts a shim where its run belongs (scope, cgroup) before the task is started; what it raises refuses the launch."""
+Place = Callable[[ProcessIdentity], Awaitable[str | None]]
+"""Puts a shim where its run belongs before the task is started, and returns the control group that it made for it.
+
+What it raises refuses the launch.
+"""
 
 HELLO_TIMEOUT_S: Final = 30.0
-SPAWNER_STOP_TIMEOUT_S: Final = 5.0
 LOST_KILL_TIMEOUT_S: Final = 10.0
 
 _LAUNCH_ATTEMPTS: Final = 3
@@ -41,27 +44,21 @@ _LAUNCH_ATTEMPTS: Final = 3
 _SPEC_MAX_BYTES: Final = record.MAX_BYTES - 64 * 1024
 
 
-class LaunchError(Retryable):
-    """Not even the shim could be made, or it was refused its place; nothing of the task has run. `errno` if known."""
-
-    def __init__(self, message: str, number: int | None = None) -> None:
-        super().__init__(message)
-        self.errno = number
-
-
 class Launcher:
-    """Owns the spawner. The runs it returns belong to the caller, and live on when it stops."""
+    """Owns the spawner and the placement. The runs it returns belong to the caller, and live on when it stops."""
 
-    def __init__(self, attempts_dir: Path, *, python: str = sys.executable) -> None:
+    def __init__(self, attempts_dir: Path, placement: Placement | None = None, *, python: str = sys.executable) -> None:
         self._attempts_dir = attempts_dir.absolute()
+        self._placement = placement or ProcessGroupPlacement()
         self._python = python
-        self._spawner: _Spawner | None = None
+        self._spawner: Spawner | None = None
         self._spawner_lock = asyncio.Lock()
         self._is_started = False
 
     async def start(self) -> None:
-        """Make the directory and the spawner. Raises LaunchError, OSError."""
+        """Make the directory, what the placement needs, and the spawner. Raises LaunchError, OSError."""
         self._attempts_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        await self._placement.start()
         self._is_started = True
         await self._living_spawner()
 
@@ -72,6 +69,7 @@ class Launcher:
             if self._spawner is not None:
                 await self._spawner.stop()
                 self._spawner = None
+        await self._placement.close()
 
     @property
     def spawner_pid(self) -> int | None:
@@ -82,7 +80,8 @@ class Launcher:
         """Start a run and return once its task executes, or has failed to: then `wait` gives EndedBy.LAUNCH at once.
 
         Raises LaunchError when nothing of it ever ran. A run directory is used once: repeat with another run number.
-        If the caller is cancelled after the start, the run goes on and is there for `adopt`.
+        If the caller is cancelled after the start, the run goes on and is there for `adopt`. `place` is for tests, in
+        place of the placement's.
         """
         directory = self._make_directory(spec, deadline_boottime_ns)
         channel, hello = await self._obtain_shim(directory)
@@ -92,10 +91,14 @@ class Launcher:
             except OSError as error:
                 raise LaunchError(f"the shim of {directory.name} was lost: {error}", error.errno) from error
             with _closed_on_error(pidfd):
-                if place is not None:
-                    await _put(place, hello, directory)
-                started = await _say_go(channel, directory)
+                put = place or partial(self._placement.place, spec)
+                cgroup = await _put(put, hello, directory)
+                started = await _say_go(channel, directory, cgroup)
                 return Run(directory, spec, started, hello, pidfd)
+
+    async def is_host_stopping(self) -> bool:
+        """Whether the host is being shut down, as far as the placement can know."""
+        return await self._placement.is_host_stopping()
 
     async def adopt(self, settled: Container[str] = ()) -> list[Adopted]:
         """Take stock of the attempt directories, once, before the first launch. Kills what lost shims left behind.
@@ -111,10 +114,23 @@ class Launcher:
             for each in adopted
             if each.state is AdoptedState.LOST and each.record is not None
         }
-        if not mains:
-            return adopted
-        left = await remains.kill(mains, LOST_KILL_TIMEOUT_S)
-        return [_with_left(each, left) for each in adopted]
+        if mains:
+            groups: dict[remains.RunKey, str] = {
+                (each.record.spec.attempt_id, each.record.spec.run_no): each.record.cgroup
+                for each in adopted
+                if each.state is AdoptedState.LOST and each.record is not None and each.record.cgroup is not None
+            }
+            left = await remains.kill(mains, LOST_KILL_TIMEOUT_S, groups)
+            adopted = [_with_left(each, left) for each in adopted]
+        await remains.remove_groups(self._groups_left_by(adopted))
+        return adopted
+
+    def _groups_left_by(self, adopted: list[Adopted]) -> set[str]:
+        """The groups of runs that are over, and of those that were placed and never told to go."""
+        over = [each for each in adopted if each.run is None and not each.left_pids]
+        by_record = {each.record.cgroup for each in over if each.record is not None}
+        by_name = {self._placement.group_of(each.directory.name) for each in over}
+        return {group for group in by_record | by_name if group is not None}
 
     def _take_over(self, found: Found) -> Adopted:
         run: Run | None = None
@@ -185,7 +201,7 @@ class Launcher:
                 channel.close()
         raise LaunchError(f"the shim of run {directory.name} was lost before it could start anything")
 
-    async def _living_spawner(self) -> _Spawner:
+    async def _living_spawner(self) -> Spawner:
         async with self._spawner_lock:
             if not self._is_started:
                 raise LaunchError("the launcher is stopped")
@@ -193,84 +209,14 @@ class Launcher:
                 await self._spawner.stop()
                 self._spawner = None
             if self._spawner is None:
-                self._spawner = _Spawner(self._python)
+                self._spawner = await self._placement.start_spawner(self._python)
             return self._spawner
 
-    async def _discard(self, broken: _Spawner) -> None:
+    async def _discard(self, broken: Spawner) -> None:
         async with self._spawner_lock:
             if self._spawner is broken:
                 self._spawner = None
         await broken.stop(is_stuck=True)
-
-
-class _Spawner:
-    """The spawner's process and the socket to it."""
-
-    def __init__(self, python: str) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        self._socket = ours
-        with contextlib.closing(theirs):
-            try:
-                self._process = subprocess.Popen(
-                    [python, "-I", "-S", "-X", "utf8", spawner.__file__, str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(),),
-                    start_new_session=True,
-                    cwd="/",
-                    env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
-                )
-            except OSError as error:
-                ours.close()
-                raise LaunchError(f"the spawner cannot be started: {error}", error.errno) from error
-        self.pid = self._process.pid
-        self._loop = asyncio.get_running_loop()
-        self._ended = asyncio.Event()
-        self._pidfd = os.pidfd_open(self.pid)
-        self._loop.add_reader(self._pidfd, self._on_end)
-        self._sending = asyncio.Lock()
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether it is known to be gone."""
-        return self._ended.is_set()
-
-    async def send(self, message: bytes, fd: int) -> None:
-        """Hand over a launch. Raises ConnectionError when the spawner is gone."""
-        async with self._sending:
-            while True:
-                try:
-                    socket.send_fds(self._socket, [message], [fd])
-                    return
-                except BlockingIOError:
-                    await self._until_writable()
-
-    async def stop(self, *, is_stuck: bool = False) -> None:
-        """Let it go by itself, or kill it when it is stuck or slow. Safe to repeat."""
-        self._socket.close()
-        if is_stuck:
-            self._process.kill()
-        try:
-            async with asyncio.timeout(SPAWNER_STOP_TIMEOUT_S):
-                await self._ended.wait()
-        except TimeoutError:
-            self._process.kill()
-            await self._ended.wait()
-
-    async def _until_writable(self) -> None:
-        writable = asyncio.Event()
-        self._loop.add_writer(self._socket, writable.set)
-        try:
-            await writable.wait()
-        finally:
-            self._loop.remove_writer(self._socket)
-
-    def _on_end(self) -> None:
-        self._loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        self._process.wait()
-        self._ended.set()
 
 
 def _write_record(directory: Path, line: bytes) -> None:
@@ -302,9 +248,9 @@ def _hello_of(message: dict[str, object], channel: socket.socket, directory: Pat
         raise
 
 
-async def _put(place: Place, hello: ProcessIdentity, directory: Path) -> None:
+async def _put(place: Place, hello: ProcessIdentity, directory: Path) -> str | None:
     try:
-        await place(hello)
+        return await place(hello)
     except LaunchError:
         raise
     except Exception as error:
@@ -313,10 +259,10 @@ async def _put(place: Place, hello: ProcessIdentity, directory: Path) -> None:
         ) from error
 
 
-async def _say_go(channel: socket.socket, directory: Path) -> RunStarted | None:
+async def _say_go(channel: socket.socket, directory: Path, cgroup: str | None) -> RunStarted | None:
     """Let the task start; None if it has not, for a reason on record, or if the shim was lost: `wait` tells."""
     try:
-        channel.send(b'{"go":{}}')
+        channel.send(json.dumps({"go": {"cgroup": cgroup} if cgroup is not None else {}}).encode())
     except OSError as error:
         raise LaunchError(f"the shim of run {directory.name} was lost: {error}", error.errno) from error
     message = await _receive(channel)

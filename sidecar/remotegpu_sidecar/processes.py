@@ -9,13 +9,15 @@ import contextlib
 import os
 import signal
 
-from remotegpu_sidecar import identity, tree
+from remotegpu_sidecar import cgroups, identity, tree
 
 _PAUSE_FIRST_MS, _PAUSE_LAST_MS = 1, 1000
 _SWEEP_MAX_MS = 50
 # A thousand processes are listed in 0.1 s. Who is not found in time hears no stop signal, or is not counted.
 _TELL_MAX_MS = 500
 _COUNT_MAX_MS = 20
+_RESUME_MAX_MS = 10_000
+_FREEZE_MS = 20
 _PRIORITY = -20
 
 
@@ -25,14 +27,29 @@ class Processes:
     It stays a zombie until the rest is gone: as long as it is not reaped its group keeps its number, and a signal to
     the group cannot reach a stranger. The same holds for this process's other children, orphans included, since nobody
     else reaps them. Who is further down is signalled by pidfd, after a look at its start time.
+
+    `group` is the task's control group if it has one: who is in there belongs to it as well.
     """
 
-    __slots__ = ("_is_killing", "_is_reaped", "_killed", "_pause_ms", "_told", "main", "main_status", "round_at_ns")
+    __slots__ = (
+        "_is_killing",
+        "_is_reaped",
+        "_killed",
+        "_pause_ms",
+        "_told",
+        "group",
+        "main",
+        "main_status",
+        "round_at_ns",
+        "still_at_ns",
+    )
 
     def __init__(self) -> None:
+        self.group: cgroups.TaskGroup | None = None
         self.main: identity.Identity | None = None
         self.main_status: tuple[int, int] | None = None
         self.round_at_ns = 0
+        self.still_at_ns = 0
         self._is_reaped = False
         self._is_killing = False
         self._pause_ms = _PAUSE_FIRST_MS
@@ -61,7 +78,10 @@ class Processes:
         return is_news
 
     def are_gone(self) -> bool:
-        """Whether the main process has ended and nothing else is left; then all is reaped. No child is the proof."""
+        """Whether the main process has ended and nothing else is left; then all is reaped.
+
+        No child, and nobody in the control group, is the proof.
+        """
         if self.main and not self._is_reaped:
             if self.main_status is None or self._others():
                 return False
@@ -71,23 +91,70 @@ class Processes:
             while self._bury(-1):
                 pass
             return False
-        return True
+        return self.group is None or not self.group.is_populated()
 
     def signal_all(self, number: int) -> None:
         """Tell everyone, once: the main group in one call, then those who have left it."""
         _take_precedence()
-        found = tree.descendants(os.getpid(), _TELL_MAX_MS)
+        found = _family(_TELL_MAX_MS)
         others = [stat for stat in found if not self._is_in_main_group(stat.pid)]
         for each in (number, signal.SIGCONT):  # a suspended process hears nothing
             self._signal_main_group(each)
             for stat in others:
                 _signal(stat, each)
+        self._thaw()
 
     def dismiss_leftovers(self) -> None:
         """The main process has ended by itself: whoever is still there is told to go, and counted."""
         if self._others():
-            self._told.update(stat.pid for stat in tree.descendants(os.getpid(), _TELL_MAX_MS))
+            self._told.update(stat.pid for stat in _family(_TELL_MAX_MS))
             self.signal_all(signal.SIGTERM)
+
+    def warn(self, number: int) -> None:
+        """Signal those who listen for it: the default of most signals is death, and a warning must not kill."""
+        for stat in _family(_TELL_MAX_MS):
+            if identity.hears(stat.pid, number):
+                _signal(stat, number)
+
+    def still_round(self) -> bool:
+        """SIGSTOP all that moves. True once /proc shows that nothing does; else again, at `still_at_ns`.
+
+        Who has stopped can neither fork nor end, so that what one look misses because somebody has just ended is found
+        by the next one: two looks in a row that find nothing are the proof. Who waits in the kernel (D) stops before it
+        returns, and cannot fork once it is told (fork(2) restarts): the parent of a stopped vfork stays there. Of a
+        process whose first thread has ended (Z) nothing is shown of the others.
+        """
+        now_ns = identity.boottime_ns()
+        if self._freeze():
+            self.still_at_ns = now_ns + _FREEZE_MS * 1_000_000
+            return self.group is not None and self.group.is_frozen()
+        self._signal_main_group(signal.SIGSTOP)
+        give_up_ns, quiet_looks = now_ns + _SWEEP_MAX_MS * 1_000_000, 0
+        told: set[int] = set()
+        while quiet_looks < 2 and now_ns < give_up_ns:
+            try:
+                awake = [stat for stat in tree.descendants(os.getpid(), _TELL_MAX_MS) if stat.state not in "Tt"]
+            except OSError:  # as in _family, but here nobody found is the proof
+                break
+            for stat in awake:
+                _signal(stat, signal.SIGSTOP)
+            moving = [stat for stat in awake if stat.state not in "DZ" or stat.pid not in told]
+            told.update(stat.pid for stat in awake)
+            before_ns, now_ns = now_ns, identity.boottime_ns()
+            is_whole = now_ns - before_ns < _TELL_MAX_MS * 1_000_000
+            quiet_looks = quiet_looks + 1 if is_whole and not moving else 0
+        self._pause_ms = min(self._pause_ms * 2, _PAUSE_LAST_MS)
+        self.still_at_ns = now_ns + self._pause_ms * 1_000_000
+        return quiet_looks == 2
+
+    def move_again(self) -> None:
+        """Undo `still_round`."""
+        self._pause_ms = _PAUSE_FIRST_MS
+        if self._thaw():
+            return
+        self._signal_main_group(signal.SIGCONT)
+        for stat in _family(_RESUME_MAX_MS):
+            _signal(stat, signal.SIGCONT)
 
     def kill_round(self) -> None:
         """SIGKILL all that is there; what is not gone by then is for the next round, at `round_at_ns`.
@@ -98,8 +165,10 @@ class Processes:
         if not self._is_killing:
             self._is_killing = True
             _take_precedence()
-            found = tree.descendants(os.getpid(), _COUNT_MAX_MS)
+            found = _family(_COUNT_MAX_MS)
             self._killed.update(stat.pid for stat in found if self.main and stat.pid != self.main.pid)
+        if self.group is not None:
+            self.group.kill()
         self._signal_main_group(signal.SIGKILL)
         give_up_ns = identity.boottime_ns() + _SWEEP_MAX_MS * 1_000_000
         has_moved = False
@@ -107,7 +176,7 @@ class Processes:
             has_moved = True
         if not has_moved:
             # Somebody above hangs in the kernel and cannot die: the family below it must be reached all the same.
-            for stat in tree.descendants(os.getpid(), _TELL_MAX_MS):
+            for stat in _family(_TELL_MAX_MS):
                 _signal(stat, signal.SIGKILL)
         self._pause_ms = _PAUSE_FIRST_MS if has_moved else min(self._pause_ms * 2, _PAUSE_LAST_MS)
         self.round_at_ns = identity.boottime_ns() + self._pause_ms * 1_000_000
@@ -115,6 +184,26 @@ class Processes:
     def pause_s(self) -> float:
         """How long to wait before the next round, when there is nothing else to do."""
         return self._pause_ms / 1000
+
+    def _freeze(self) -> bool:
+        """Let the control group stop everyone, whoever forks meanwhile. False if there is none."""
+        if self.group is None:
+            return False
+        try:
+            self.group.freeze()
+        except OSError:
+            return False
+        return True
+
+    def _thaw(self) -> bool:
+        """Undo `_freeze`. False if there is no control group."""
+        if self.group is None:
+            return False
+        try:
+            self.group.thaw()
+        except OSError:
+            return False
+        return True
 
     def _sweep(self) -> bool:
         """Bury or kill each child. True if any has gone."""
@@ -137,7 +226,10 @@ class Processes:
     def _others(self) -> list[int]:
         """The children but for the main process."""
         main_pid = self.main.pid if self.main and not self._is_reaped else 0
-        return [pid for pid in tree.own_children() if pid != main_pid]
+        try:
+            return [pid for pid in tree.own_children() if pid != main_pid]
+        except OSError:  # this host has no descriptor left (ENFILE); the last word has waitpid, which needs none
+            return []
 
     def _is_in_main_group(self, pid: int) -> bool:
         try:
@@ -154,6 +246,14 @@ class Processes:
             os.kill(self.main.pid, number)
         except PermissionError:  # all of it has become somebody whom an unprivileged agent may not signal
             pass
+
+
+def _family(within_ms: int) -> list[identity.Stat]:
+    """All below this process, as far as they are found: nobody while this host has no descriptor left (ENFILE)."""
+    try:
+        return tree.descendants(os.getpid(), within_ms)
+    except OSError:
+        return []
 
 
 def _take_precedence() -> None:

@@ -2,7 +2,8 @@
 
 A line is one JSON object that starts with the fixed prefix `{"v":1,"crc":"xxxxxxxx",`; the checksum is the CRC-32
 of everything between that prefix and the newline. Nothing is ever fsynced: a killed process loses nothing, and after
-a power cut a torn line counts as not written. Kinds: `spec`, `shim`, `starting`, `started`, `ended`.
+a power cut a torn line counts as not written. Kinds: `spec`, `shim`, `starting`, `started`, `suspended`, `resumed`,
+`ended`.
 """
 
 from __future__ import annotations
@@ -71,6 +72,12 @@ def parse(content: bytes) -> tuple[dict[str, dict[str, object]], list[str]]:
         else:
             lines[kind] = data
     return lines, complaints
+
+
+def cgroup_of(lines: dict[str, dict[str, object]]) -> str | None:
+    """The path of the run's control group, if it was given one before its start."""
+    path = lines.get("starting", {}).get("cgroup")
+    return path if isinstance(path, str) else None
 
 
 def _parse_line(line: bytes) -> tuple[str, dict[str, object]]:

@@ -1,8 +1,9 @@
 """What is left of a run whose shim is gone: found in /proc, killed, verified gone. The agent's side.
 
 The shim's death hands its orphans to init, so descent proves nothing any more. A process belongs to the run if its
-environment at exec names attempt and run, if it is the main process on record, if it is in that one's session, or
-if it descends from one of these. One that has cleaned its environment and left both session and parents is not found.
+environment at exec names attempt and run, if it is the main process on record, if it is in that one's session or in
+the run's control group, or if it descends from one of these. Without a control group, one that has cleaned its
+environment and left both session and parents is not found.
 """
 
 from __future__ import annotations
@@ -13,19 +14,26 @@ import os
 import signal
 from collections.abc import Iterable, Mapping
 
-from remotegpu_sidecar import identity, tree
+from remotegpu_sidecar import cgroups, identity, tree
 from remotegpu_sidecar.identity import Stat
 
 ENVIRON_MAX_BYTES = 4 * 1024 * 1024
 
 _PAUSE_FIRST_S, _PAUSE_LAST_S = 0.005, 0.5
+_REMOVE_MAX_S = 1.0
 
 RunKey = tuple[str, int]
 """Attempt id and run number."""
+NO_GROUPS: Mapping[RunKey, str] = {}
 
 
-def find(runs: Mapping[RunKey, identity.ProcessId | None]) -> dict[RunKey, list[Stat]]:
-    """The living processes of each run, in one look at /proc. Values are the main processes, where they are known."""
+def find(
+    runs: Mapping[RunKey, identity.ProcessId | None], groups: Mapping[RunKey, str] = NO_GROUPS
+) -> dict[RunKey, list[Stat]]:
+    """The living processes of each run, in one look at /proc.
+
+    Values are the main processes, and the paths of the control groups, where they are known.
+    """
     processes = [stat for stat in tree.all_processes() if not stat.is_dead and stat.pid != os.getpid()]
     owner: dict[int, RunKey] = {}
     sessions: dict[int, RunKey] = {}
@@ -34,6 +42,8 @@ def find(runs: Mapping[RunKey, identity.ProcessId | None]) -> dict[RunKey, list[
             owner[main.pid] = key
             # Its session has this number as long as it lives itself.
             sessions[main.pid] = key
+    for key, group in groups.items():
+        owner.update(dict.fromkeys(cgroups.pids(group), key))
     for stat in processes:
         key_found = _key_of(stat.pid) if stat.pid not in owner else None
         if key_found in runs and key_found is not None:
@@ -48,7 +58,11 @@ def find(runs: Mapping[RunKey, identity.ProcessId | None]) -> dict[RunKey, list[
     return found
 
 
-async def kill(runs: Mapping[RunKey, identity.ProcessId | None], give_up_after_s: float) -> dict[RunKey, list[int]]:
+async def kill(
+    runs: Mapping[RunKey, identity.ProcessId | None],
+    give_up_after_s: float,
+    groups: Mapping[RunKey, str] = NO_GROUPS,
+) -> dict[RunKey, list[int]]:
     """Kill what is left of these runs, round by round, until /proc shows nothing of them.
 
     Returns the pids that are still there when the time is up; empty lists are the proof that all are gone.
@@ -58,15 +72,44 @@ async def kill(runs: Mapping[RunKey, identity.ProcessId | None], give_up_after_s
     pause_s = _PAUSE_FIRST_S
     while True:
         # /proc may hold thousands of processes: not on the loop.
-        left = await asyncio.to_thread(_kill_round, runs)
+        try:
+            left = await asyncio.to_thread(_kill_round, runs, groups)
+        except OSError as error:
+            if error.errno not in identity.SCARCE or loop.time() >= give_up_at_s:
+                raise
+            # Nobody knows who is left. Here nothing is given up: there will be descriptors and memory again.
+            await asyncio.sleep(_PAUSE_LAST_S)
+            continue
         if not any(left.values()) or loop.time() >= give_up_at_s:
             return left
         await asyncio.sleep(pause_s)
         pause_s = min(pause_s * 2, _PAUSE_LAST_S)
 
 
-def _kill_round(runs: Mapping[RunKey, identity.ProcessId | None]) -> dict[RunKey, list[int]]:
-    left = find(runs)
+async def remove_groups(groups: Iterable[str]) -> None:
+    """Remove what is left of the control groups of runs that are over; what somebody is in stays. Safe to repeat."""
+    loop = asyncio.get_running_loop()
+    give_up_at_s = loop.time() + _REMOVE_MAX_S
+    for group in groups:
+        # A process leaves its group a moment after its end is known.
+        while not _remove(group) and loop.time() < give_up_at_s:  # noqa: ASYNC110 - gives no event
+            await asyncio.sleep(_PAUSE_FIRST_S)
+
+
+def _remove(group: str) -> bool:
+    if not group.endswith(".scope"):
+        return cgroups.remove(group)
+    # The scope itself is systemd's, which removes it when it is empty.
+    is_task_gone, is_shim_gone = (cgroups.remove(f"{group}/{leaf}") for leaf in (cgroups.TASK, cgroups.SHIM))
+    return is_task_gone and is_shim_gone
+
+
+def _kill_round(
+    runs: Mapping[RunKey, identity.ProcessId | None], groups: Mapping[RunKey, str]
+) -> dict[RunKey, list[int]]:
+    for group in groups.values():
+        cgroups.kill(group)
+    left = find(runs, groups)
     for stats in left.values():
         for stat in stats:
             with contextlib.suppress(PermissionError):  # it has become another user; its pid is in the answer
@@ -107,8 +150,10 @@ def _environ(pid: int) -> bytes:
         try:
             with open(path, "rb", buffering=0) as file:
                 content = file.read(ENVIRON_MAX_BYTES) or b""
-        except OSError:  # it has ended, or is another user's
-            continue
+        except OSError as error:
+            if error.errno in identity.SCARCE:
+                raise
+            continue  # it has ended, or is another user's
         if content:
             return content
     return b""

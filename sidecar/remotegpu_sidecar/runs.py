@@ -99,6 +99,24 @@ class Run:
         """Kill the whole tree now. Safe to repeat, and after the end."""
         self._signal(shim.KILL_SIGNAL)
 
+    @property
+    def is_to_be_suspended(self) -> bool:
+        """Whether the tree is to stand still; it does a moment after this was asked for."""
+        return (self.directory / shim.SUSPEND_FILE).exists()
+
+    def suspend(self) -> None:
+        """Let the whole tree stand still, and the timeout's clock with it. Safe to repeat. Raises OSError.
+
+        Holds over restarts of the agent. An end is not held up: a run that is being stopped goes on ending.
+        """
+        (self.directory / shim.SUSPEND_FILE).touch(mode=0o600)
+        self._signal(shim.REREAD_SIGNAL)
+
+    def resume(self) -> None:
+        """Let a suspended tree go on. Safe to repeat, and for one that is not suspended. Raises OSError."""
+        (self.directory / shim.SUSPEND_FILE).unlink(missing_ok=True)
+        self._signal(shim.REREAD_SIGNAL)
+
     def contains(self, pid: int) -> bool:
         """Whether a process is a living member of the task's tree; the shim itself is not."""
         return identity.is_alive(self.shim) and tree.is_descendant(pid, self.shim.pid)
@@ -122,15 +140,20 @@ class Run:
 
     async def _conclude(self) -> RunRecord:
         # A few kilobytes from the page cache: cheaper here than a thread's hand-over.
+        ended, cgroup = None, None
         try:
             lines, _complaints = record.read(self.directory / record.FILE_NAME)
+            cgroup = record.cgroup_of(lines)
             if "started" in lines:
                 self.started = RunStarted.model_validate(lines["started"])
             if "ended" in lines:
                 ended = RunEnded.model_validate(lines["ended"])
-                return RunRecord(spec=self.spec, started=self.started, ended=ended)
         except (OSError, ValidationError):  # removed or damaged under us: what counts is that nothing is left
             pass
-        main = self.started.process if self.started else None
-        await remains.kill({(self.spec.attempt_id, self.spec.run_no): main}, give_up_after_s=math.inf)
-        return RunRecord(spec=self.spec, started=self.started)
+        key = (self.spec.attempt_id, self.spec.run_no)
+        groups: dict[remains.RunKey, str] = {key: cgroup} if cgroup is not None else {}
+        if ended is None:
+            main = self.started.process if self.started else None
+            await remains.kill({key: main}, math.inf, groups)
+        await remains.remove_groups(groups.values())
+        return RunRecord(spec=self.spec, started=self.started, ended=ended, cgroup=cgroup)

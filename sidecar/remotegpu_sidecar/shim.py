@@ -4,9 +4,11 @@ Runs in a child of the spawner, imports nothing after that fork (an upgrade repl
 returns. `enforcement.py` decides when a run is over; this module does it. Standard library only.
 
 Messages to the agent, over the run's channel: {"hello": identity}, then {"started": ...} or {"ended": ...}, or
-{"error": sentence, "errno": N} when the shim itself cannot work. From the agent: {"go": {}}; the channel's end before
-that means that nothing is to be started. Signals: SIGTERM asks for a stop with grace, SIGUSR1 for a kill at once,
-SIGHUP says that `deadline` has moved earlier.
+{"error": sentence, "errno": N} when the shim itself cannot work. From the agent: {"go": {}}, with the path of the run's
+"cgroup" if it has one; the channel's end before that means that nothing is to be started. Signals: SIGTERM asks for a
+stop with grace (as does SIGWINCH, from systemd), SIGUSR1 for a kill at once, SIGHUP says that the directory is to be
+looked at: `deadline` has moved earlier, or `suspend` has come or gone. While that file is there the tree stands still;
+it means the same however often it is looked at, and whoever made it.
 """
 
 from __future__ import annotations
@@ -22,18 +24,26 @@ import signal
 import socket
 import time
 
-from remotegpu_sidecar import enforcement, identity, kernel, output, record, taskstart
+from remotegpu_sidecar import cgroups, enforcement, identity, kernel, output, record, taskstart
 from remotegpu_sidecar.processes import Processes
 
 DEADLINE_FILE = "deadline"
+SUSPEND_FILE = "suspend"
 COMM = b"remotegpu-shim"
 MESSAGE_MAX_BYTES = 64 * 1024
 STOP_SIGNAL, KILL_SIGNAL, REREAD_SIGNAL = signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP
+# What stops a whole scope reaches the task as well: this one means nothing to it, so that the shim stops it in order.
+SCOPE_STOP_SIGNAL = signal.SIGWINCH
 
-_WATCHED_SIGNALS = (STOP_SIGNAL, KILL_SIGNAL, REREAD_SIGNAL, signal.SIGCHLD)
+_WATCHED_SIGNALS = (STOP_SIGNAL, SCOPE_STOP_SIGNAL, KILL_SIGNAL, REREAD_SIGNAL, signal.SIGCHLD)
 _LINES_RESERVE_BYTES = 8192
+# A record stays readable however often a run is suspended: later times are not on it.
+_SUSPENSIONS_NOTED_MAX = 100
+_BLOCK_BYTES = 512  # of ru_inblock and ru_oublock, whatever the disk's are
 _RETRY_S = 1.0
 _PIPE_BYTES = 256 * 1024
+# Of a loud task so much is taken before the other stream, the signals and the clock have their turn: a millisecond.
+_PUMPS_MAX = 8
 _NS_PER_S = 1_000_000_000
 
 
@@ -67,7 +77,10 @@ class Shim:
         self._launch_error: dict[str, object] = {}
         self._started_ns = self._started_wall_ns = 0
         self._deadline_ns: int | None = None
+        self._is_still = False
+        self._suspensions = 0
         self._spec: dict[str, object] = {}
+        self._cgroup: str | None = None
         self._enforcement: enforcement.Enforcement
         self._output: output.OutputWriter
 
@@ -123,24 +136,32 @@ class Shim:
     def _is_told_to_go(self) -> bool:
         try:
             message = self._channel.recv(MESSAGE_MAX_BYTES)
-            return bool(message) and "go" in json.loads(message)
-        except (OSError, ValueError, TypeError):
+            if not message:
+                return False
+            self._cgroup = json.loads(message)["go"].get("cgroup")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
+        return True
 
     def _begin(self) -> None:
         """Start the task, unless its lease is about to end."""
         self._deadline_ns = self._read_deadline(missing=None)
         self._started_ns, self._started_wall_ns = identity.boottime_ns(), time.time_ns()
-        timeout_s = self._spec["timeout_s"]
         self._enforcement = enforcement.Enforcement(
             now_ns=self._started_ns,
-            timeout_s=None if timeout_s is None else _number(timeout_s),
+            timeout_s=_optional(self._spec["timeout_s"]),
             grace_period_s=_number(self._spec["grace_period_s"]),
             lease_grace_s=_number(self._spec["lease_grace_s"]),
             deadline_ns=self._deadline_ns,
+            warn_before_s=_optional(self._spec.get("warn_before_s")),
+            lease_warn_s=_optional(self._spec.get("lease_warn_s")),
         )
         if not self._enforcement.strike(self._started_ns):
-            self._append("starting", {"shim": self._identity.as_json()})
+            group = {"cgroup": self._cgroup} if self._cgroup else {}
+            self._append("starting", {"shim": self._identity.as_json(), **group})
+            if self._cgroup:
+                self._processes.group = cgroups.TaskGroup(self._cgroup)
+                self._poll.register(self._processes.group.events_fd, select.POLLPRI)
             self._fork()
 
     def _fork(self) -> None:
@@ -151,7 +172,8 @@ class Shim:
         try:
             pid = os.fork()
             if pid == 0:
-                taskstart.start(self._spec, self._identity.pid, pipes[0][1], pipes[1][1], report_write_fd)
+                fds = pipes[0][1], pipes[1][1], report_write_fd
+                taskstart.start(self._spec, self._identity.pid, self._cgroup, *fds)
             self._processes.main = identity.identify(pid, self._identity.boot_id)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -177,9 +199,15 @@ class Shim:
                     self._read_report()
                 elif fd == self._wake_fd:
                     signals = _drained(fd)
-                else:
+                elif fd == self._timer_fd:
                     _drained(fd)
+                elif self._processes.group:
+                    self._processes.group.is_populated()  # to look at it is to take note
             now_ns = identity.boottime_ns()
+            due_ns = self._enforcement.next_ns()
+            if due_ns is not None and now_ns >= due_ns:
+                # A shim that has not had its turn for a while may see the clock first, and then signals that are older.
+                signals += _drained(self._wake_fd)
             # First: what had ended before a request was seen has ended by itself.
             if signal.SIGCHLD in signals and self._processes.reap() and self._enforcement.main_exited(now_ns):
                 self._processes.dismiss_leftovers()
@@ -196,13 +224,19 @@ class Shim:
         due_ns = self._enforcement.next_ns()
         if due_ns is not None and self._enforcement.ended_by is not None:
             due_ns = max(due_ns, self._processes.round_at_ns)
+        if self._enforcement.is_suspended and not self._is_still:
+            due_ns = min(due_ns or self._processes.still_at_ns, self._processes.still_at_ns)
         if due_ns != self._armed_ns:
             kernel.arm_timer(self._timer_fd, due_ns)
             self._armed_ns = due_ns
 
     def _pump(self, fd: int) -> None:
-        if self._output.pump(self._pipes[fd], fd) == 0:
-            self._close_pipe(fd)
+        for _ in range(_PUMPS_MAX):
+            count = self._output.pump(self._pipes[fd], fd)
+            if count == 0:
+                self._close_pipe(fd)
+            if count < output.BUFFER_BYTES:
+                return
 
     def _close_pipe(self, fd: int) -> None:
         del self._pipes[fd]
@@ -235,12 +269,43 @@ class Shim:
     def _obey(self, signals: bytes, now_ns: int) -> None:
         if REREAD_SIGNAL in signals:
             self._move_deadline()
-        if STOP_SIGNAL in signals and self._enforcement.request_stop(now_ns):
+            self._suspend_or_resume(now_ns)
+        is_stop = STOP_SIGNAL in signals or SCOPE_STOP_SIGNAL in signals
+        if is_stop and self._enforcement.request_stop(now_ns):
             self._processes.signal_all(_integer(self._spec["stop_signal"]))
         if KILL_SIGNAL in signals:
             self._enforcement.request_kill(now_ns)
 
+    def _suspend_or_resume(self, now_ns: int) -> None:
+        if self._is_to_be_suspended():
+            if self._enforcement.suspend(now_ns):
+                self._is_still = False
+                self._processes.still_at_ns = 0
+        elif self._enforcement.resume(now_ns):
+            self._processes.move_again()
+            self._note("resumed", now_ns)
+
+    def _is_to_be_suspended(self) -> bool:
+        try:
+            os.stat(SUSPEND_FILE, dir_fd=self._dir_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        except OSError:  # the disk is failing: as it was
+            return self._enforcement.is_suspended
+        return True
+
+    def _note(self, kind: str, now_ns: int) -> None:
+        """Put it on record, for people and for a lost database; the run does not depend on it."""
+        self._suspensions += kind == "suspended"
+        if self._suspensions <= _SUSPENSIONS_NOTED_MAX:
+            with contextlib.suppress(OSError):  # a full disk
+                self._append(kind, {"wall_ns": time.time_ns(), "boottime_ns": now_ns})
+
     def _look_at_the_clock(self, now_ns: int) -> None:
+        if self._enforcement.is_suspended and not self._is_still and now_ns >= self._processes.still_at_ns:
+            self._is_still = self._processes.still_round()
+            if self._is_still:
+                self._note("suspended", now_ns)
         due_ns = self._enforcement.next_ns()
         if due_ns is None or now_ns < due_ns:
             return
@@ -248,6 +313,8 @@ class Shim:
             self._move_deadline()
             if self._enforcement.strike(now_ns):
                 self._processes.signal_all(_integer(self._spec["stop_signal"]))
+            elif self._enforcement.warn(now_ns):
+                self._processes.warn(_integer(self._spec["warn_signal"]))
         if self._enforcement.is_kill_due(now_ns) and now_ns >= self._processes.round_at_ns:
             self._processes.kill_round()
 
@@ -309,8 +376,6 @@ class Shim:
 
     def _write_ended(self, ended: dict[str, object]) -> None:
         """Put the end on record, tell the agent if it listens. While it cannot be written: again and again."""
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        wall_ns = identity.boottime_ns() - self._started_ns if self._processes.main else 0
         self._output.close()
         ended |= {
             "ended_wall_ns": time.time_ns(),
@@ -318,19 +383,38 @@ class Shim:
             "stderr_bytes": self._output.end_offset(1),
             "output_dropped_bytes": self._output.dropped_bytes,
             "stragglers_killed": self._processes.stragglers,
-            "usage": {
-                "wall_s": wall_ns / _NS_PER_S,
-                "cpu_s": usage.ru_utime + usage.ru_stime,
-                "memory_peak_bytes": usage.ru_maxrss * 1024,
-            },
+            "usage": self._usage(),
         }
+        if self._processes.group:
+            ended["oom_kills"] = cgroups.oom_kills(self._processes.group.path)
         while True:
             try:
                 self._append("ended", ended)
                 break
             except OSError:
                 time.sleep(_RETRY_S)
+        if self._processes.group:
+            cgroups.remove(self._processes.group.path)  # the shim's own leaf is for the agent to remove
         _tell(self._channel, {"ended": ended})
+
+    def _usage(self) -> dict[str, object]:
+        """By the control group where it counts, which misses nobody; else of those who were waited for."""
+        wall_ns = identity.boottime_ns() - self._started_ns if self._processes.main else 0
+        waited = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_s, memory_peak_bytes = waited.ru_utime + waited.ru_stime, waited.ru_maxrss * 1024
+        io_bytes = waited.ru_inblock * _BLOCK_BYTES, waited.ru_oublock * _BLOCK_BYTES
+        if self._processes.group:
+            path = self._processes.group.path
+            cpu_s = max(cpu_s, cgroups.cpu_s(path) or 0.0)
+            memory_peak_bytes = cgroups.memory_peak_bytes(path) or memory_peak_bytes
+            io_bytes = cgroups.io_bytes(path) or io_bytes
+        return {
+            "wall_s": wall_ns / _NS_PER_S,
+            "cpu_s": cpu_s,
+            "memory_peak_bytes": memory_peak_bytes,
+            "io_read_bytes": io_bytes[0],
+            "io_write_bytes": io_bytes[1],
+        }
 
     def _append(self, kind: str, data: dict[str, object]) -> None:
         record.append(self._record_fd, record.encode(kind, json.dumps(data).encode("ascii")))
@@ -394,3 +478,7 @@ def _number(value: object) -> float:
     if isinstance(value, int | float):
         return float(value)
     raise TypeError(f"not a number: {value!r}")
+
+
+def _optional(value: object) -> float | None:
+    return None if value is None else _number(value)

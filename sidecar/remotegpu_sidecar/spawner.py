@@ -1,9 +1,9 @@
 """Forks one shim per run, from an interpreter so small that a fork is cheap. Knows nothing of runs.
 
-Executed by the agent as `python -I -S -X utf8 spawner.py FD`, FD being one end of a SEQPACKET socket pair. A launch is
-the message {"dir": RUN_DIRECTORY} with one descriptor, the run's channel, which is handed to the shim. A launch that
-fails is answered on that channel with {"error": sentence, "errno": N}. At the end of the socket the agent is gone, and
-so is the spawner; the shims stay. Standard library only, single-threaded.
+Executed by the agent, or as a service for it, as `python -I -S -X utf8 spawner.py FD`, FD being one end of a SEQPACKET
+socket pair. A launch is the message {"dir": RUN_DIRECTORY} with one descriptor, the run's channel, which is handed to
+the shim. A launch that fails is answered on that channel with {"error": sentence, "errno": N}. At the end of the socket
+the agent is gone, and so is the spawner; the shims stay. Standard library only, single-threaded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FDS_MAX = 8
 
 def main() -> None:
     """Serve launches until the agent is gone."""
-    fd = int(sys.argv[1])
+    fd = _above_standard_streams(int(sys.argv[1]))
     agent = socket.socket(fileno=fd)
     agent.set_inheritable(False)
     _close_all_but(fd)
@@ -45,6 +45,16 @@ def main() -> None:
     gc.freeze()
     gc.disable()
     serve(agent)
+
+
+def _above_standard_streams(fd: int) -> int:
+    """What a service is given as its standard input is not for the shims."""
+    if fd > 2:
+        return fd
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    moved = os.dup(fd)  # above `null`
+    os.dup2(null, fd)
+    return moved
 
 
 def serve(agent: socket.socket) -> None:

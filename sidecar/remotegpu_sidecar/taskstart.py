@@ -12,7 +12,7 @@ import os
 import signal
 import stat
 
-from remotegpu_sidecar import kernel
+from remotegpu_sidecar import cgroups, kernel
 
 REPORT_MAX_BYTES = 4096  # PIPE_BUF: one write, one read
 
@@ -28,6 +28,7 @@ _CHANGED_SIGNALS = (
     signal.SIGHUP,
     signal.SIGTERM,
     signal.SIGUSR1,
+    signal.SIGWINCH,
     signal.SIGCHLD,
 )
 
@@ -41,7 +42,9 @@ class CannotStartError(Exception):
         self.sentence = sentence
 
 
-def start(spec: dict[str, object], shim_pid: int, stdout_fd: int, stderr_fd: int, report_fd: int) -> None:
+def start(
+    spec: dict[str, object], shim_pid: int, cgroup: str | None, stdout_fd: int, stderr_fd: int, report_fd: int
+) -> None:
     """Become the task. Never returns; all signals must be blocked when this is called."""
     try:
         os.dup2(stdout_fd, 1)
@@ -50,6 +53,8 @@ def start(spec: dict[str, object], shim_pid: int, stdout_fd: int, stderr_fd: int
             os.dup2(report_fd, _REPORT_FD, inheritable=False)
         report_fd = _REPORT_FD
         kernel.close_from(_REPORT_FD + 1)
+        if cgroup:
+            _join(cgroup)
         _take_on(spec, shim_pid)
         _execute(spec)
     except CannotStartError as error:
@@ -87,6 +92,16 @@ def _take_on(spec: dict[str, object], shim_pid: int) -> None:
     _enter(str(spec["cwd"]))
 
 
+def _join(cgroup: str) -> None:
+    """From the shim's leaf to the task's, while there is still the right to."""
+    try:
+        cgroups.join(f"{cgroup}/{cgroups.TASK}")
+    except OSError as error:
+        number = error.errno or 0
+        sentence = f"the task cannot enter its control group {_shown(cgroup)}: {os.strerror(number)}"
+        raise CannotStartError(number, sentence) from None
+
+
 def _reset_oom_score() -> None:
     """The agent may be protected from the kernel's OOM killer; its tasks are not."""
     try:
@@ -112,10 +127,13 @@ def _become(user: dict[str, object]) -> None:
             os.setresgid(gid, gid, gid)
             os.setresuid(uid, uid, uid)
         kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         name = _shown(str(user.get("name", uid)))
         mend = "run the agent as root, or set tasks.run_as to the agent's own user"
-        raise CannotStartError(error.errno or 0, f"cannot become user {name} (uid {uid}): {mend}") from None
+        number = error.errno if isinstance(error, OSError) else None
+        raise CannotStartError(number or errno.EINVAL, f"cannot become user {name} (uid {uid}): {mend}") from None
+    if (os.getresuid(), os.getresgid()) != ((uid,) * 3, (gid,) * 3):  # what was asked for was "leave it as it is"
+        raise CannotStartError(errno.EPERM, f"the rights of user {uid} and group {gid} were not taken on")
 
 
 def _enter(directory: str) -> None:

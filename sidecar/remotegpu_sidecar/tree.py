@@ -1,5 +1,7 @@
 """A process's descendants, from /proc. Standard library only; signals nobody.
 
+Raises OSError where descriptors or memory have run out: an empty list is a statement.
+
 Under a subreaper this is the whole tree: an orphan becomes the subreaper's child. A listing may miss one that is born
 or handed over meanwhile, so whoever must be sure lists again until nothing is left.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-from remotegpu_sidecar.identity import Stat, boottime_ns, stat_of
+from remotegpu_sidecar.identity import SCARCE, Stat, boottime_ns, stat_of
 
 _CLIMBS = 2
 # The kernel may be built without it (CONFIG_PROC_CHILDREN); every distribution's has it.
@@ -21,7 +23,9 @@ def children(pid: int) -> list[int]:
         return [stat.pid for stat in all_processes() if stat.ppid == pid]
     try:
         threads = os.listdir(f"/proc/{pid}/task")
-    except OSError:
+    except OSError as error:
+        if error.errno in SCARCE:
+            raise
         return []
     return [child for thread in threads for child in _children_of_thread(pid, thread)]
 
@@ -35,8 +39,10 @@ def own_children() -> list[int]:
 def _children_of_thread(pid: int, thread: int | str) -> list[int]:
     try:
         fd = os.open(f"/proc/{pid}/task/{thread}/children", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:  # it has ended
-        return []
+    except OSError as error:
+        if error.errno in SCARCE:
+            raise
+        return []  # it has ended
     try:
         content = part = os.read(fd, 4096)
         while part:

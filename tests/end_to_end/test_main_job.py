@@ -70,7 +70,11 @@ async def test_what_the_plane_learns_of_a_task(tmp_path: Path) -> None:
         [task] = await all_of_it.ended([task_id])
         assert task["progress"] == {"percent": 100.0, "message": "done"}
         assert (task["result"]["runs"], task["result"]["truncated"]) == (1, False)
-        assert task["result"]["usage"]["wall_s"] > 0
+        usage = task["result"]["usage"]
+        assert set(usage) == {"wall_s", "cpu_s", "memory_peak_mb", "io_read_mb", "io_write_mb"}
+        assert usage["wall_s"] > 0
+        assert usage["cpu_s"] > 0
+        assert usage["memory_peak_mb"] > 0
         assert task["result"]["started_at"] <= task["result"]["ended_at"]
         assert [event["kind"] for event in task["events"]] == ["created", "claimed", "started", "completed"]
 

@@ -112,6 +112,15 @@ def test_grace_is_at_most_a_third_of_the_lease(grace_s: float, ttl_s: float) -> 
     assert leasing.lease_grace_s(grace_s, ttl_s) == min(grace_s, ttl_s / 3)
 
 
+@given(st.floats(1e-3, 1e5), st.floats(0, 1e5), _TTLS)
+def test_nobody_is_warned_of_a_lease_that_is_renewed_in_time(warn_s: float, grace_s: float, ttl_s: float) -> None:
+    """The warning lies behind the first renewal (after a third at most) and one more try, as late as it may be."""
+    lead_s = leasing.lease_grace_s(grace_s, ttl_s) + leasing.lease_warn_s(warn_s, ttl_s)
+    warned_after_s = ttl_s - leasing.margin_s(ttl_s, min(5.0, ttl_s / 60)) - lead_s
+    assert warned_after_s > leasing.renew_after_s(ttl_s, 1e9, 0.0)
+    assert leasing.lease_warn_s(warn_s, ttl_s) <= warn_s
+
+
 @given(_TTLS, st.floats(0, 1e5), st.floats(0, 1e5))
 def test_a_lease_leaves_time_to_work(ttl_s: float, margin_s: float, grace_s: float) -> None:
     """Margin and grace period together leave at least five twelfths of every lease."""

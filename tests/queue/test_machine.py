@@ -147,6 +147,12 @@ class Units(RuleBasedStateMachine):
         run_no = self._run_no(number, is_late=is_late)
         self._run(lambda db: units.request_stop(db, self._pick(number), run_no, cause))
 
+    @rule(number=_ATTEMPTS, is_late=st.booleans(), is_resumed=st.booleans())
+    def suspend_or_resume(self, number: int, is_late: bool, is_resumed: bool) -> None:
+        run_no = self._run_no(number, is_late=is_late)
+        unit = units.resume_run if is_resumed else units.suspend_run
+        self._run(lambda db: unit(db, self._pick(number), run_no))
+
     def _run_no(self, number: int, *, is_late: bool) -> RunNo:
         attempt = views.attempt(self.db, self._pick(number))
         return RunNo(max(1, (attempt.run_no if attempt else 0) - is_late))
@@ -249,11 +255,21 @@ class Units(RuleBasedStateMachine):
     @invariant()
     def a_run_is_open_exactly_while_its_attempt_is_live(self) -> None:
         live = {
-            (row[0], row[1]) for row in self._all("SELECT attempt_id, run_no FROM attempts WHERE state = 'running'")
+            (row[0], row[1])
+            for row in self._all("SELECT attempt_id, run_no FROM attempts WHERE state IN ('running', 'suspended')")
         }
         assert {
             (row[0], row[1]) for row in self._all("SELECT attempt_id, run_no FROM runs WHERE state <> 'ended'")
         } == live
+
+    @invariant()
+    def a_run_is_suspended_only_while_its_attempt_is(self) -> None:
+        """The attempt stays so until its run has ended, also while that is being stopped."""
+        query = (
+            "SELECT a.state, r.state FROM runs r JOIN attempts a USING (attempt_id, run_no) WHERE r.state <> 'ended'"
+        )
+        for attempt_state, run_state in self._all(query):
+            assert (attempt_state == "suspended") == (run_state == "suspended") or run_state == "stopping"
 
     @invariant()
     def one_open_attempt_waits_per_task(self) -> None:

@@ -89,6 +89,9 @@ def test_every_cell_of_the_run_table(state: RunState, event: RunEvent) -> None:
         (_ended(EndedBy.EXIT, exit_code=0), Cause.CANCELLED, Cause.SUCCEEDED, 0, ""),
         (_ended(EndedBy.EXIT, exit_code=7), None, Cause.EXIT_CODE, 7, "exited with code 7"),
         (_ended(EndedBy.EXIT, signal=9), None, Cause.SIGNAL, 137, "SIGKILL"),
+        (_ended(EndedBy.EXIT, signal=9, oom_kills=1), None, Cause.OUT_OF_MEMORY, 137, "killed one process of it"),
+        (_ended(EndedBy.EXIT, exit_code=1, oom_kills=2), None, Cause.OUT_OF_MEMORY, 1, "killed 2 processes of it"),
+        (_ended(EndedBy.TIMEOUT, signal=9, oom_kills=1), None, Cause.TIMED_OUT, 124, "timeout of 5 s"),
         (_ended(EndedBy.EXIT, signal=63), None, Cause.SIGNAL, 191, "signal 63"),
         (_ended(EndedBy.STOP, exit_code=0), Cause.CANCELLED, Cause.CANCELLED, 143, "cancelled on request"),
         (_ended(EndedBy.STOP, signal=15), Cause.LEASE_LOST, Cause.LEASE_LOST, 125, "lease ended"),
@@ -107,6 +110,11 @@ def test_f31_outcome(ended: RunEnded, stop_cause: Cause | None, cause: Cause, ex
     outcome = outcome_of(ended, stop_cause, 5.0)
     assert (outcome.cause, outcome.exit_code) == (cause, exit_code)
     assert sentence in outcome.error
+
+
+def test_f28_task_that_gets_over_a_loss_of_memory_has_succeeded() -> None:
+    """F28: one of its processes was killed, and it ended well all the same."""
+    assert outcome_of(_ended(EndedBy.EXIT, exit_code=0, oom_kills=1), None).cause is Cause.SUCCEEDED
 
 
 @pytest.mark.parametrize(

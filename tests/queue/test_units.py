@@ -259,6 +259,49 @@ def test_start_after_a_stop_request(db: sqlite3.Connection) -> None:
     assert (run.state, run.process) == (RunState.STOPPING, process(42))
 
 
+def _states(db: sqlite3.Connection, attempt_id: str) -> tuple[TaskState, RunState]:
+    run = views.run(db, AttemptId(attempt_id), RunNo(1))
+    assert run is not None
+    return _attempt(db, attempt_id).state, run.state
+
+
+def test_suspended_and_resumed(db: sqlite3.Connection) -> None:
+    """Task and run change together, there and back, and a suspended task can be stopped and can end."""
+    submit(db, "t1")
+    begin(db, "t1")
+    started(db, "t1")
+    key = AttemptId("t1"), RunNo(1)
+    units.suspend_run(db, *key)
+    assert _states(db, "t1") == (TaskState.SUSPENDED, RunState.SUSPENDED)
+    units.resume_run(db, *key)
+    assert _states(db, "t1") == (TaskState.RUNNING, RunState.RUNNING)
+    units.suspend_run(db, *key)
+    stop(db, "t1", Cause.CANCELLED)
+    assert _states(db, "t1") == (TaskState.SUSPENDED, RunState.STOPPING)
+    end(db, "t1", FAILED, FAIL)
+    assert _states(db, "t1") == (TaskState.FAILED, RunState.ENDED)
+
+
+def test_what_does_not_run_cannot_be_suspended(db: sqlite3.Connection) -> None:
+    """Waiting, starting, suspended, stopping, ended, unknown: refused, and nothing has changed."""
+    submit(db, "t1")
+    key = AttemptId("t1"), RunNo(1)
+    _refused(db, lambda db: units.suspend_run(db, *key), LostRace)
+    begin(db, "t1")
+    _refused(db, lambda db: units.suspend_run(db, *key), IllegalTransition)
+    started(db, "t1")
+    _refused(db, lambda db: units.resume_run(db, *key), IllegalTransition)
+    _refused(db, lambda db: units.suspend_run(db, key[0], RunNo(2)), LostRace)
+    units.suspend_run(db, *key)
+    _refused(db, lambda db: units.suspend_run(db, *key), IllegalTransition)
+    stop(db, "t1", Cause.CANCELLED)
+    _refused(db, lambda db: units.suspend_run(db, *key), IllegalTransition)
+    _refused(db, lambda db: units.resume_run(db, *key), IllegalTransition)
+    end(db, "t1")
+    _refused(db, lambda db: units.suspend_run(db, *key), IllegalTransition)
+    _refused(db, lambda db: units.resume_run(db, *key), IllegalTransition)
+
+
 def test_first_stop_request_counts(db: sqlite3.Connection) -> None:
     """The first reason is kept; only superseded, which forbids every report, takes its place."""
     submit(db, "t1")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from remotegpu_schemas.task import DEFAULT_RETRY_ON, Task, TaskId
+from remotegpu_schemas.task import DEFAULT_RETRY_ON, Task, TaskId, Warn
 from remotegpu_schemas.task_form import TaskForm, contradictions, task_from_mapping, to_task
 
 
@@ -32,6 +32,23 @@ def test_defaults_fill_what_the_form_leaves_out() -> None:
     made = task(defaults, timeout=5, env={"B": "3"}, retry={"delay": 7})
     assert (made.name, made.timeout_s, made.env, made.labels) == ("d", 5, {"A": "1", "B": "3"}, {"x": "1"})
     assert (made.retry.max, made.retry.delay_s) == (0, 7)
+
+
+def test_warning_of_a_task() -> None:
+    """`before` is a duration; the signal is SIGUSR1 unless another one is named."""
+    assert task(warn={"before": "5m"}).warn == Warn(signal=10, before_s=300)
+    assert task(warn={"signal": "SIGUSR2", "before": 1.5}).warn == Warn(signal=12, before_s=1.5)
+    assert task().warn is None
+
+
+@pytest.mark.parametrize("given", [{}, {"signal": "SIGUSR1"}, {"before": 0}, {"before": "x"}, {"before": 5, "x": 1}])
+def test_warning_that_is_none(given: object) -> None:
+    """Without a time, or with a signal that nobody can hear."""
+    with pytest.raises(ValidationError):
+        task(warn=given)
+    for number in (9, "SIGSTOP"):
+        with pytest.raises(ValidationError, match="SIGKILL and SIGSTOP are none"):
+            task(warn={"signal": number, "before": 5})
 
 
 def test_unknown_keys_of_a_peer_are_ignored_and_of_a_person_refused() -> None:

@@ -254,6 +254,14 @@ def test_report_as_the_format_shows_it() -> None:
             f"1:30: 'group_id' {ID_RULE}",
         ),
         (
+            "task: {command: x, timeout: 60, warn: {signal: SIGUSR1, before: 5m}}",
+            "1:65: 'warn.before' is not shorter than 'timeout': nobody would be warned",
+        ),
+        (
+            "task: {command: x, warn: {signal: SIGKILL, before: 5m}}",
+            "1:35: 'warn.signal' must be a signal that a task can hear, such as SIGUSR1; SIGKILL and SIGSTOP are none",
+        ),
+        (
             "task: {command: x, stop_signal: SIGFOO}",
             "1:33: 'stop_signal' must be a signal: write a name such as SIGINT, or a number from 1 to 64",
         ),

@@ -1,4 +1,7 @@
-"""A launcher on a directory of its own; what a test leaves running is killed after it."""
+"""A launcher on a directory of its own; what a test leaves running is killed after it.
+
+`@both_placements` runs a test with and without control groups, where this machine has them.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from remotegpu_sidecar import identity, remains
+from remotegpu_schemas.attempt import PlacementKind
+from remotegpu_sidecar import cgroups, identity, remains
 from remotegpu_sidecar.adoption import survey
 from remotegpu_sidecar.launcher import Launcher
-from tests.sidecar.support import kill_if_alive, wait_until_dead
+from remotegpu_sidecar.placement import choose
+from tests.sidecar.support import kill_if_alive, wait_until_dead, wait_until_removed
 
 
 @pytest.fixture
@@ -26,17 +31,28 @@ def attempts_dir(tmp_path: Path) -> Iterator[Path]:
             kill_if_alive(found.shim)
             wait_until_dead(found.shim)
         main = found.record.started.process if found.record.started else None
-        key = (found.record.spec.attempt_id, found.record.spec.run_no)
-        for stats in remains.find({key: main}).values():
+        key: remains.RunKey = (found.record.spec.attempt_id, found.record.spec.run_no)
+        group = found.record.cgroup
+        if group is not None:
+            cgroups.kill(group)
+        for stats in remains.find({key: main}, {key: group} if group is not None else {}).values():
             for stat in stats:
                 with contextlib.suppress(ProcessLookupError):
                     identity.send_signal(stat.pid, stat.start_ticks, 9)
+        if group is not None:
+            wait_until_removed(group)
 
 
 @pytest.fixture
-async def launcher(attempts_dir: Path) -> AsyncIterator[Launcher]:
+def placement_kind(request: pytest.FixtureRequest) -> PlacementKind:
+    """Where the launcher puts its runs: process groups, unless the test is marked with `@both_placements`."""
+    return getattr(request, "param", PlacementKind.PROCESS_GROUP)
+
+
+@pytest.fixture
+async def launcher(attempts_dir: Path, placement_kind: PlacementKind) -> AsyncIterator[Launcher]:
     """A started launcher."""
-    started = Launcher(attempts_dir)
+    started = Launcher(attempts_dir, await choose(placement_kind))
     await started.start()
     yield started
     await started.stop()

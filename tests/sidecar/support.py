@@ -15,12 +15,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from remotegpu_schemas.attempt import AttemptId, ProcessIdentity, RunNo, RunSpec
+import pytest
+
+from remotegpu_schemas.attempt import AttemptId, PlacementKind, ProcessIdentity, RunNo, RunSpec
 from remotegpu_schemas.task import TaskId
-from remotegpu_sidecar import identity
+from remotegpu_sidecar import cgroups, grouping, identity
 
 DEADLINE_S = 20.0
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+HAS_GROUPS = not os.path.isdir("/run/systemd/system") and not isinstance(grouping.find(), str)
+"""Whether control groups can be made here; test_placement.py proves what is chosen in either case."""
+both_placements = pytest.mark.parametrize(
+    "placement_kind",
+    [PlacementKind.PROCESS_GROUP, *([PlacementKind.CGROUP] if HAS_GROUPS else [])],
+    indirect=True,
+)
 
 
 def unique(attempt: str = "attempt") -> str:
@@ -101,6 +110,14 @@ def wait_until_dead(who: ProcessIdentity) -> None:
         os.close(fd)
 
 
+def wait_until_removed(group: str) -> None:
+    """Remove a control group as soon as nobody is in it."""
+    give_up = time.monotonic() + DEADLINE_S
+    while not cgroups.remove(group):
+        assert time.monotonic() < give_up, f"somebody stays in {group}: {cgroups.pids(group)}"
+        time.sleep(0.002)
+
+
 def kill_if_alive(who: ProcessIdentity, number: int = signal.SIGKILL) -> None:
     """Signal exactly this process, if it is there."""
     if identity.is_alive(who):
@@ -111,19 +128,24 @@ _AGENT = """
 import asyncio, json, sys
 from pathlib import Path
 from remotegpu_schemas.attempt import RunSpec
+from remotegpu_schemas.attempt import PlacementKind
 from remotegpu_sidecar.launcher import Launcher
+from remotegpu_sidecar.placement import choose
 
 async def main():
-    launcher = Launcher(Path(sys.argv[1]))
+    launcher = Launcher(Path(sys.argv[1]), await choose(PlacementKind(sys.argv[3])))
     await launcher.start()
     async def hang(shim):
+        if sys.argv[2] == "hang in group":
+            await launcher._placement.place(spec, shim)
         print(shim.pid, flush=True)
         print("spawner", launcher.spawner_pid, flush=True)
         await asyncio.Event().wait()
 
-    place = hang if sys.argv[2] == "hang" else None
+    place = hang if sys.argv[2] else None
     for text, deadline in json.loads(sys.stdin.readline()):
-        run = await launcher.launch(RunSpec.model_validate_json(text), deadline, place)
+        spec = RunSpec.model_validate_json(text)
+        run = await launcher.launch(spec, deadline, place)
         print(run.started.process.pid if run.started else 0, flush=True)
     print("spawner", launcher.spawner_pid, flush=True)
     await asyncio.Event().wait()
@@ -135,11 +157,20 @@ asyncio.run(main())
 class AgentProcess:
     """A launcher in a process of its own, which can be killed and frozen. Its runs are started when this is entered.
 
-    With `hangs_before_go` its one run is not: `task_pids` holds the shim's pid, and the agent hangs in the placement.
+    With `hangs_before_go` its one run is not: `task_pids` holds the shim's pid, and the agent hangs in the placement,
+    with `is_placed_before` at its end.
     """
 
-    def __init__(self, attempts_dir: Path, *runs: tuple[RunSpec, int | None], hangs_before_go: bool = False) -> None:
-        self._mode = "hang" if hangs_before_go else ""
+    def __init__(
+        self,
+        attempts_dir: Path,
+        *runs: tuple[RunSpec, int | None],
+        hangs_before_go: bool = False,
+        is_placed_before: bool = False,
+        placement: PlacementKind = PlacementKind.PROCESS_GROUP,
+    ) -> None:
+        self._mode = "hang in group" if is_placed_before else "hang" if hangs_before_go else ""
+        self._placement = placement
         self._attempts_dir = attempts_dir
         self._runs = runs
         self._process: subprocess.Popen[str]
@@ -148,7 +179,7 @@ class AgentProcess:
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _AGENT, str(self._attempts_dir), self._mode],
+            [sys.executable, "-c", _AGENT, str(self._attempts_dir), self._mode, self._placement],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from remotegpu_schemas.attempt import EndedBy, ProcessIdentity, RunSpec
+from remotegpu_schemas.attempt import EndedBy, PlacementKind, ProcessIdentity, RunSpec
 from remotegpu_sidecar import identity, record
 from remotegpu_sidecar.adoption import directory_name
 from remotegpu_sidecar.launcher import Adopted, AdoptedState, Launcher
 from remotegpu_sidecar.output import read_output
+from remotegpu_sidecar.placement import choose
 from tests.sidecar.support import (
     AgentProcess,
+    both_placements,
     identity_of,
     kill_if_alive,
     make_spec,
@@ -49,9 +51,9 @@ def started(boot: str | None = None) -> dict[str, object]:
     return {"process": gone(boot), "shim": gone(boot), "started_wall_ns": 1, "started_boottime_ns": 1}
 
 
-async def adopt_one(attempts_dir: Path) -> Adopted:
+async def adopt_one(attempts_dir: Path, placement_kind: PlacementKind = PlacementKind.PROCESS_GROUP) -> Adopted:
     """Take stock of a directory with one run."""
-    [adopted] = await Launcher(attempts_dir).adopt()
+    [adopted] = await Launcher(attempts_dir, await choose(placement_kind)).adopt()
     return adopted
 
 
@@ -60,7 +62,10 @@ async def test_no_directory_no_runs(tmp_path: Path) -> None:
     assert await Launcher(tmp_path / "none").adopt() == []
 
 
-async def test_f04_agent_killed_while_the_task_runs(attempts_dir: Path, tmp_path: Path) -> None:
+@both_placements
+async def test_f04_agent_killed_while_the_task_runs(
+    attempts_dir: Path, tmp_path: Path, placement_kind: PlacementKind
+) -> None:
     """F04: the task goes on, is adopted, its output is whole, its exit status is right."""
     script = f"""
 import os, time
@@ -72,11 +77,13 @@ while not os.path.exists({str(tmp_path / "enough")!r}):
 os.write(2, b"%d" % count)
 os._exit(17)
 """
-    with AgentProcess(attempts_dir, (make_spec(*python(script), output_limit_bytes=1 << 30), None)) as agent:
+    with AgentProcess(
+        attempts_dir, (make_spec(*python(script), output_limit_bytes=1 << 30), None), placement=placement_kind
+    ) as agent:
         await until_file(tmp_path / "busy")
         agent.kill()
         assert identity.stat_of(agent.task_pids[0]) is not None
-    adopted = await adopt_one(attempts_dir)
+    adopted = await adopt_one(attempts_dir, placement_kind)
     assert adopted.state is AdoptedState.RUNNING
     assert adopted.run is not None
     assert adopted.run.started is not None
@@ -96,15 +103,20 @@ os._exit(17)
         offset += len(data)
 
 
-async def test_f05_ended_while_no_agent_was_there(attempts_dir: Path, tmp_path: Path) -> None:
+@both_placements
+async def test_f05_ended_while_no_agent_was_there(
+    attempts_dir: Path, tmp_path: Path, placement_kind: PlacementKind
+) -> None:
     """F05: the record tells a later agent all of it."""
     os.mkfifo(tmp_path / "fifo")
-    with AgentProcess(attempts_dir, (make_spec(*sh(f"read line <{tmp_path}/fifo; echo out; exit 6")), None)) as agent:
+    with AgentProcess(
+        attempts_dir, (make_spec(*sh(f"read line <{tmp_path}/fifo; echo out; exit 6")), None), placement=placement_kind
+    ) as agent:
         agent.kill()
     shim = await _shim_of(attempts_dir / f"{unique()}.1")
     (tmp_path / "fifo").write_text("go\n")
     wait_until_dead(shim)
-    adopted = await adopt_one(attempts_dir)
+    adopted = await adopt_one(attempts_dir, placement_kind)
     assert (adopted.state, adopted.attempt_id, adopted.run_no) == (AdoptedState.ENDED, unique(), 1)
     assert adopted.record is not None
     assert adopted.record.ended is not None
@@ -116,17 +128,20 @@ async def _shim_of(directory: Path) -> ProcessIdentity:
     return ProcessIdentity.model_validate(record.read(directory / "record")[0]["shim"]["shim"])
 
 
-async def test_f09_shim_and_agent_killed(attempts_dir: Path, tmp_path: Path) -> None:
+@both_placements
+async def test_f09_shim_and_agent_killed(attempts_dir: Path, tmp_path: Path, placement_kind: PlacementKind) -> None:
     """F09: the next agent kills the whole tree, daemons too, proves it gone, and says that the run is lost."""
     script = f"(setsid sh -c 'echo $$ >{tmp_path}/pid; sleep 1000; true' &); sleep 1000"
     other = make_spec("sleep", "1000", attempt="other")
-    with AgentProcess(attempts_dir, (make_spec(*sh(script)), None), (other, None)) as agent:
+    with AgentProcess(attempts_dir, (make_spec(*sh(script)), None), (other, None), placement=placement_kind) as agent:
         daemon = await pid_from(tmp_path / "pid")
         main, bystander = (identity_of(pid) for pid in agent.task_pids)
         agent.kill()
     kill_if_alive(await _shim_of(attempts_dir / f"{unique()}.1"))
     wait_until_dead(main)  # at once, without any agent
-    lost, untouched = sorted(await Launcher(attempts_dir).adopt(), key=lambda each: each.directory.name)
+    lost, untouched = sorted(
+        await Launcher(attempts_dir, await choose(placement_kind)).adopt(), key=lambda each: each.directory.name
+    )
     assert (lost.state, lost.left_pids) == (AdoptedState.LOST, ())
     assert lost.record is not None
     assert lost.record.ended is None
@@ -139,14 +154,15 @@ async def test_f09_shim_and_agent_killed(attempts_dir: Path, tmp_path: Path) -> 
     untouched.run.close()
 
 
-async def test_f03_agent_killed_before_go(attempts_dir: Path, tmp_path: Path) -> None:
+@both_placements
+async def test_f03_agent_killed_before_go(attempts_dir: Path, tmp_path: Path, placement_kind: PlacementKind) -> None:
     """F03: a shim that was never told to go starts nothing, ends, and says so."""
     spec = make_spec("touch", str(tmp_path / "ran"))
-    with AgentProcess(attempts_dir, (spec, None), hangs_before_go=True) as agent:
+    with AgentProcess(attempts_dir, (spec, None), hangs_before_go=True, placement=placement_kind) as agent:
         shim = identity_of(agent.task_pids[0])
         agent.kill()
     wait_until_dead(shim)
-    adopted = await adopt_one(attempts_dir)
+    adopted = await adopt_one(attempts_dir, placement_kind)
     assert adopted.state is AdoptedState.ENDED
     assert adopted.record is not None
     assert adopted.record.ended is not None

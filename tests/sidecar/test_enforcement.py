@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
+
 from remotegpu_sidecar.enforcement import EXIT, LEASE, STOP, TIMEOUT, Enforcement
 
 S = 1_000_000_000
 
 
 def make(
-    timeout_s: float | None = None, grace_s: float = 30.0, lease_grace_s: float = 10.0, deadline_s: float | None = None
+    timeout_s: float | None = None,
+    grace_s: float = 30.0,
+    lease_grace_s: float = 10.0,
+    deadline_s: float | None = None,
+    warn_before_s: float | None = None,
+    lease_warn_s: float | None = None,
 ) -> Enforcement:
     """A run that starts at second 100."""
     return Enforcement(
@@ -17,6 +26,8 @@ def make(
         grace_period_s=grace_s,
         lease_grace_s=lease_grace_s,
         deadline_ns=None if deadline_s is None else round(deadline_s * S),
+        warn_before_s=warn_before_s,
+        lease_warn_s=lease_warn_s,
     )
 
 
@@ -115,3 +126,159 @@ def test_kill_after_the_natural_end_keeps_the_cause() -> None:
     run.main_exited(100 * S)
     run.request_kill(101 * S)
     assert (run.ended_by, run.kill_at_ns) == (EXIT, 101 * S)
+
+
+# --- warnings ---
+
+
+def test_warning_comes_before_the_timeout_once() -> None:
+    """It is the next thing that is due, and after it the timeout is."""
+    run = make(timeout_s=60, warn_before_s=20)
+    assert run.next_ns() == 140 * S
+    assert not run.warn(140 * S - 1)
+    assert run.warn(140 * S)
+    assert not run.warn(141 * S)
+    assert run.next_ns() == 160 * S
+    assert run.strike(160 * S)
+
+
+def test_warning_comes_before_the_stop_of_the_lease_and_a_renewal_takes_it_back() -> None:
+    """Each deadline has its own; one that was renewed in time has none."""
+    run = make(deadline_s=200, lease_warn_s=30)
+    assert run.next_ns() == 160 * S
+    run.move_deadline(300 * S)
+    assert run.next_ns() == 260 * S
+    assert not run.warn(200 * S)
+    assert run.warn(260 * S)
+    assert not run.warn(270 * S)
+    run.move_deadline(300 * S)
+    assert not run.warn(271 * S), "the same deadline, read again"
+    run.move_deadline(400 * S)
+    assert run.next_ns() == 360 * S
+    assert run.warn(360 * S)
+
+
+def test_timeout_and_lease_warn_each_for_itself() -> None:
+    """Both, or one signal for both if they fall together."""
+    run = make(timeout_s=60, deadline_s=200, warn_before_s=20, lease_warn_s=20)
+    assert run.warn(140 * S)
+    assert run.next_ns() == 160 * S
+    assert run.strike(160 * S)
+    run = make(timeout_s=90, deadline_s=200, warn_before_s=20, lease_warn_s=20)
+    assert run.warn(170 * S)
+    assert not run.warn(170 * S)
+
+
+@pytest.mark.parametrize(("timeout_s", "deadline_s"), [(20, None), (19, None), (None, 130.0), (None, 120.0)])
+def test_warning_that_would_be_due_at_the_start_is_left_out(timeout_s: float | None, deadline_s: float | None) -> None:
+    """A timeout or a lease shorter than the warning's time warns nobody."""
+    run = make(timeout_s=timeout_s, deadline_s=deadline_s, warn_before_s=20, lease_warn_s=20)
+    for second in range(100, 118):
+        assert not run.warn(second * S)
+
+
+def test_who_is_ending_is_not_warned() -> None:
+    """The stop signal has been sent; a warning would only confuse."""
+    run = make(timeout_s=60, deadline_s=200, warn_before_s=20, lease_warn_s=20)
+    run.request_stop(110 * S)
+    assert not run.warn(150 * S)
+
+
+def test_without_a_request_nobody_is_warned() -> None:
+    """No `warn`, no signal."""
+    run = make(timeout_s=60, deadline_s=200)
+    assert not any(run.warn(second * S) for second in range(100, 300))
+
+
+# --- suspended ---
+
+
+def test_timeout_stands_still_while_suspended() -> None:
+    """And its warning with it; both come later by as long as the run stood still."""
+    run = make(timeout_s=60, warn_before_s=20)
+    assert run.suspend(130 * S)
+    assert run.is_suspended
+    assert run.next_ns() is None
+    assert not run.strike(1000 * S)
+    assert not run.warn(1000 * S)
+    assert run.resume(1030 * S)
+    assert run.next_ns() == 1040 * S
+    assert run.warn(1040 * S)
+    assert not run.strike(1060 * S - 1)
+    assert run.strike(1060 * S)
+
+
+def test_lease_goes_on_while_suspended() -> None:
+    """Its warning and its stop come as they would, and renewals count."""
+    run = make(timeout_s=60, deadline_s=200, warn_before_s=20, lease_warn_s=30)
+    run.suspend(110 * S)
+    assert run.next_ns() == 160 * S
+    assert run.warn(160 * S)
+    run.move_deadline(300 * S)
+    assert not run.strike(190 * S)
+    assert run.strike(290 * S)
+    assert (run.ended_by, run.kill_at_ns, run.is_suspended) == (LEASE, 300 * S, False)
+
+
+def test_suspending_and_resuming_twice_change_nothing() -> None:
+    """Level, not edge: the second request is no news."""
+    run = make(timeout_s=60)
+    assert not run.resume(101 * S)
+    assert run.suspend(110 * S)
+    assert not run.suspend(120 * S)
+    assert run.resume(130 * S)
+    assert not run.resume(140 * S)
+    assert run.next_ns() == 180 * S
+
+
+def test_whole_timeline_of_suspensions_adds_up() -> None:
+    """However often a run is suspended, it gets its whole timeout of running time."""
+    run = make(timeout_s=60)
+    for number in range(10):
+        run.suspend((110 + 100 * number) * S)
+        run.resume((110 + 100 * number + 95) * S)
+    assert run.next_ns() == (160 + 950) * S
+
+
+EVENTS = ("stop", "kill", "exit", "timeout", "lease", "suspend", "resume", "warn")
+CAUSES = {"stop": STOP, "kill": STOP, "exit": EXIT, "timeout": TIMEOUT, "lease": LEASE}
+
+
+def _happen(run: Enforcement, event: str, now_ns: int) -> None:
+    match event:
+        case "stop":
+            run.request_stop(now_ns)
+        case "kill":
+            run.request_kill(now_ns)
+        case "exit":
+            run.main_exited(now_ns)
+        case "timeout":
+            run.strike(170 * S)
+        case "lease":
+            run.move_deadline(now_ns + S)
+            run.strike(now_ns)
+        case "suspend":
+            run.suspend(now_ns)
+        case "resume":
+            run.resume(now_ns)
+        case _:
+            run.warn(now_ns)
+
+
+@pytest.mark.parametrize("events", list(itertools.product(EVENTS, repeat=3)), ids="-".join)
+def test_every_order_of_three_events_has_one_outcome(events: tuple[str, ...]) -> None:
+    """F31: the first end counts, the kill time never moves later, and what is ending stands still no more."""
+    run = make(timeout_s=60, deadline_s=500, warn_before_s=20, lease_warn_s=20)
+    wanted: str | None = None
+    is_suspended = False
+    for number, event in enumerate(events):
+        kill_before_ns = run.kill_at_ns
+        _happen(run, event, (110 + number) * S)
+        if wanted is None and event in CAUSES and not (event == "timeout" and is_suspended):
+            wanted = CAUSES[event]
+        is_suspended = wanted is None and (event == "suspend" or (is_suspended and event != "resume"))
+        assert (run.ended_by, run.is_suspended) == (wanted, is_suspended)
+        assert (run.kill_at_ns is None) == (wanted is None)
+        if kill_before_ns is not None and event != "kill":
+            assert run.kill_at_ns is not None
+            assert run.kill_at_ns <= kill_before_ns

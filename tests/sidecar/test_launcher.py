@@ -16,7 +16,16 @@ from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId, EndedBy, ProcessIdentity
 from remotegpu_sidecar import identity, tree
 from remotegpu_sidecar.launcher import AdoptedState, Launcher, LaunchError
-from tests.sidecar.support import kill_if_alive, make_spec, pid_from, python, sh, until, wait_until_dead
+from tests.sidecar.support import (
+    both_placements,
+    kill_if_alive,
+    make_spec,
+    pid_from,
+    python,
+    sh,
+    until,
+    wait_until_dead,
+)
 
 
 def open_fds() -> set[str]:
@@ -28,6 +37,7 @@ def _is_open(fd: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{fd}")
 
 
+@both_placements
 async def test_run_has_its_identities(launcher: Launcher) -> None:
     """What `launch` returns is on record, and is true."""
     run = await launcher.launch(make_spec("sleep", "1000"))
@@ -143,6 +153,7 @@ async def test_shim_killed_before_go(launcher: Launcher, attempts_dir: Path) -> 
     assert adopted.state is AdoptedState.NEVER_STARTED
 
 
+@both_placements
 async def test_f09_shim_killed_while_the_agent_lives(launcher: Launcher, tmp_path: Path) -> None:
     """F09: `wait` returns a record without an end, and by then the whole tree is gone."""
     script = f"(setsid sh -c 'echo $$ >{tmp_path}/pid; sleep 1000; true' &); sleep 1000"
@@ -158,6 +169,7 @@ async def test_f09_shim_killed_while_the_agent_lives(launcher: Launcher, tmp_pat
     assert not identity.is_alive(run.started.process)
 
 
+@both_placements
 async def test_lost_shims_tree_is_told_by_attempt_and_run(launcher: Launcher, tmp_path: Path) -> None:
     """Another run of the same attempt, and the same run number of another attempt, are not touched."""
     bystanders = [
@@ -210,6 +222,7 @@ async def test_launch_after_stop_is_refused(launcher: Launcher) -> None:
     await launcher.stop()
 
 
+@both_placements
 async def test_runs_stay_when_the_launcher_stops(launcher: Launcher) -> None:
     """The spawner goes, the run does not; it can still be stopped and waited for."""
     run = await launcher.launch(make_spec("sleep", "1000"))

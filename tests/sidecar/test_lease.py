@@ -126,8 +126,8 @@ async def test_damaged_deadline_never_prolongs(launcher: Launcher) -> None:
 
 async def test_adopted_run_keeps_its_lease_and_takes_renewals(attempts_dir: Path, tmp_path: Path) -> None:
     """A new agent moves the deadline of a run that an old one started."""
-    spec = make_spec(*sh(f"echo up >{tmp_path}/up; sleep 1.5; exit 5"), lease_grace_s=0.1)
-    with AgentProcess(attempts_dir, (spec, boottime_ns() + S)) as agent:
+    spec = make_spec(*sh(f"echo up >{tmp_path}/up; sleep 2.5; exit 5"), lease_grace_s=0.1)
+    with AgentProcess(attempts_dir, (spec, boottime_ns() + 2 * S)) as agent:
         agent.kill()
     [adopted] = await Launcher(attempts_dir).adopt()
     assert adopted.state is AdoptedState.RUNNING
@@ -138,3 +138,18 @@ async def test_adopted_run_keeps_its_lease_and_takes_renewals(attempts_dir: Path
     adopted.run.close()
     assert ended is not None
     assert (ended.ended_by, ended.exit_code) == (EndedBy.EXIT, 5)
+
+
+async def test_f20_every_clock_of_a_shim_goes_on_while_the_host_sleeps(launcher: Launcher) -> None:
+    """F20: its one timer is on CLOCK_BOOTTIME (7), which a suspend does not stop and no wall clock moves."""
+    run = await launcher.launch(make_spec("sleep", "1000", timeout_s=500), boottime_ns() + 1000 * S)
+    fds = Path(f"/proc/{run.shim.pid}/fd")
+    timers = [fd.name for fd in fds.iterdir() if fd.is_symlink() and "timerfd" in str(fd.readlink())]
+    assert len(timers) == 1
+    info = Path(f"/proc/{run.shim.pid}/fdinfo/{timers[0]}").read_text()
+    assert "clockid: 7\n" in info
+    left_s = int(info.split("it_value: (")[1].split(",")[0])
+    assert 400 < left_s <= 500
+    run.kill()
+    await run.wait()
+    run.close()

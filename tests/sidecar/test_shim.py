@@ -14,7 +14,7 @@ from remotegpu_schemas.attempt import EndedBy, RunEnded, RunSpec
 from remotegpu_sidecar import identity, tree
 from remotegpu_sidecar.launcher import Launcher, Run
 from remotegpu_sidecar.output import read_output
-from tests.sidecar.support import make_spec, pid_from, python, sh, unique, until, until_file
+from tests.sidecar.support import both_placements, make_spec, pid_from, python, sh, unique, until, until_file
 
 MIB = 1024 * 1024
 
@@ -42,6 +42,7 @@ def is_gone(pid: int) -> bool:
 # --- how it ended ---
 
 
+@both_placements
 @pytest.mark.parametrize("code", [0, 1, 42, 255])
 async def test_exit_code_is_the_tasks(launcher: Launcher, code: int) -> None:
     """Each code comes through."""
@@ -56,6 +57,7 @@ async def test_signal_is_told_from_an_exit_code(launcher: Launcher, number: int)
     assert (ended.ended_by, ended.exit_code, ended.signal) == (EndedBy.EXIT, None, number)
 
 
+@both_placements
 async def test_usage_is_measured(launcher: Launcher) -> None:
     """Wall time, processor time and peak memory of what the task did."""
     script = (
@@ -65,6 +67,23 @@ async def test_usage_is_measured(launcher: Launcher) -> None:
     assert 0.1 <= ended.usage.cpu_s < 5
     assert ended.usage.wall_s >= 0.1
     assert 80_000_000 < ended.usage.memory_peak_bytes < 300_000_000
+
+
+async def test_bytes_to_and_from_the_disk_are_measured(launcher: Launcher, tmp_path: Path) -> None:
+    """What a task writes through to the disk, and reads from it when it is no longer in memory."""
+    path = str(tmp_path / "file")
+    script = f"""
+import os
+fd = os.open({path!r}, os.O_CREAT | os.O_RDWR)
+os.write(fd, b"x" * (8 << 20))
+os.fsync(fd)
+os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+os.pread(fd, 8 << 20, 0)
+"""
+    ended, _ = await run_to_end(launcher, make_spec(*python(script)))
+    assert 8 * MIB <= ended.usage.io_write_bytes < 64 * MIB
+    # Where the file system keeps its pages all the same, nothing is read.
+    assert 0 <= ended.usage.io_read_bytes < 64 * MIB
 
 
 # --- output ---
@@ -176,6 +195,7 @@ async def _call(*argv: str) -> None:
 # --- stopping ---
 
 
+@both_placements
 async def test_stop_sends_the_stop_signal_first(launcher: Launcher, tmp_path: Path) -> None:
     """The task may clean up; it is a stop although it then exits with 0."""
     script = f"trap 'echo saved; exit 0' INT; echo up >{tmp_path}/up; while :; do sleep 0.01; done"
@@ -187,6 +207,7 @@ async def test_stop_sends_the_stop_signal_first(launcher: Launcher, tmp_path: Pa
     assert read_output(run.directory, "stdout", 0, 100)[1] == b"saved\n"
 
 
+@both_placements
 async def test_stop_wakes_a_suspended_task(launcher: Launcher, tmp_path: Path) -> None:
     """A stopped process gets its signal at once, not after the grace period."""
     run = await launcher.launch(make_spec("sleep", "1000", grace_period_s=1000))
@@ -196,6 +217,20 @@ async def test_stop_wakes_a_suspended_task(launcher: Launcher, tmp_path: Path) -
     assert (await ended_of(run)).signal == signal.SIGTERM
 
 
+async def test_stop_of_a_scope_reaches_the_task_through_its_shim_only(launcher: Launcher, tmp_path: Path) -> None:
+    """Systemd sends SIGWINCH to all of a scope: the task, which ignores it, gets its own stop signal and its grace."""
+    script = f"trap 'echo saved; exit 0' INT; echo up >{tmp_path}/up; while :; do sleep 0.01; done"
+    run = await launcher.launch(make_spec(*sh(script), stop_signal=signal.SIGINT))
+    assert run.started is not None
+    await until_file(tmp_path / "up")
+    for pid in (run.started.process.pid, run.shim.pid):
+        os.kill(pid, signal.SIGWINCH)
+    ended = await ended_of(run)
+    assert (ended.ended_by, ended.exit_code) == (EndedBy.STOP, 0)
+    assert read_output(run.directory, "stdout", 0, 100)[1] == b"saved\n"
+
+
+@both_placements
 async def test_kill_asks_nobody(launcher: Launcher, tmp_path: Path) -> None:
     """No grace period."""
     script = f"trap '' TERM; (trap '' TERM; echo up >{tmp_path}/up; sleep 1000); sleep 1000"
@@ -207,6 +242,7 @@ async def test_kill_asks_nobody(launcher: Launcher, tmp_path: Path) -> None:
     assert ended.stragglers_killed >= 1
 
 
+@both_placements
 async def test_kill_cuts_a_stop_short(launcher: Launcher, tmp_path: Path) -> None:
     """While the grace period runs."""
     run = await launcher.launch(
@@ -227,6 +263,7 @@ def _comms(run: Run) -> set[str]:
     }
 
 
+@both_placements
 async def test_f30_timeout_of_a_task_that_ignores_sigterm(launcher: Launcher) -> None:
     """F30: SIGTERM at the timeout, SIGKILL after the grace period, and the cause is the timeout."""
     script = "trap '' TERM; while :; do sleep 1000; done"
@@ -251,6 +288,7 @@ DAEMONS = {
 }
 
 
+@both_placements
 @pytest.mark.parametrize("way", DAEMONS)
 @pytest.mark.parametrize("end", ["exit", "stop", "kill", "timeout"])
 async def test_f30_descendants_go_with_the_task(launcher: Launcher, tmp_path: Path, way: str, end: str) -> None:
@@ -273,6 +311,7 @@ async def test_f30_descendants_go_with_the_task(launcher: Launcher, tmp_path: Pa
         assert ended.stragglers_killed >= 1
 
 
+@both_placements
 async def test_f30_processes_that_fork_while_dying(launcher: Launcher, tmp_path: Path) -> None:
     """F30: rounds of SIGKILL outrun a family that keeps having children in new sessions."""
     script = """
@@ -305,6 +344,7 @@ def _has_variable(pid: int) -> bool:
         return False
 
 
+@both_placements
 async def test_leftovers_may_finish_within_their_grace(launcher: Launcher, tmp_path: Path) -> None:
     """What a task leaves behind hears SIGTERM and can tidy up; its output still counts."""
     child = "trap 'echo bye; exit' TERM; echo up; while :; do sleep 0.01; done"
@@ -349,6 +389,7 @@ async def test_orphans_are_reaped_while_the_task_runs(launcher: Launcher, tmp_pa
     assert (await ended_of(run)).stragglers_killed == 0
 
 
+@both_placements
 async def test_natural_end_before_the_request_is_an_exit(launcher: Launcher, tmp_path: Path) -> None:
     """F31: with the shim frozen, the task ends and then a stop is asked for: what happened first counts."""
     os.mkfifo(tmp_path / "fifo")

@@ -222,7 +222,10 @@ def test_imports_are_few() -> None:
     assert heavy & set(modules) == set()
     assert {name for name in modules if "remotegpu" in name} == {
         "remotegpu_sidecar",
-        *(f"remotegpu_sidecar.{name}" for name in ("enforcement", "identity", "kernel", "output", "processes")),
+        *(
+            f"remotegpu_sidecar.{name}"
+            for name in ("cgroups", "enforcement", "identity", "kernel", "output", "processes")
+        ),
         *(f"remotegpu_sidecar.{name}" for name in ("record", "shim", "taskstart", "tree")),
     }
     assert len(modules) < 90

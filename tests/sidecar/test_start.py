@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
+import shutil
 import signal
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -122,6 +124,77 @@ async def test_rights_are_dropped_for_good(launcher: Launcher, attempts_dir: Pat
     assert json.loads(stdout) == [[65534] * 3, [65534] * 3, [65534], [True, True, True]]
     directory = attempts_dir / f"{unique()}.1"
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_dropped_rights_do_not_come_back(launcher: Launcher, tmp_path: Path) -> None:
+    """setuid(0), setgid(0) and setgroups are refused, and a set-user-ID program of root's gives nothing."""
+    tmp_path.chmod(0o755)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o755)
+    program = tmp_path / "id"
+    shutil.copy("/usr/bin/id", program)
+    program.chmod(0o6755)
+    assert (program.stat().st_uid, stat.S_IMODE(program.stat().st_mode)) == (0, 0o6755)
+    script = f"""
+import json, os, subprocess
+def refused(call, *arguments):
+    try:
+        call(*arguments)
+    except PermissionError:
+        return True
+    return False
+calls = [(os.setuid, 0), (os.seteuid, 0), (os.setgid, 0), (os.setgroups, [0]), (os.setresuid, 0, 0, 0)]
+calls += [(os.chroot, "/"), (os.open, "/etc/shadow", os.O_RDONLY), (os.kill, {os.getpid()}, 0)]
+print(json.dumps([refused(*call) for call in calls]))
+print(subprocess.check_output([{str(program)!r}, "-u"], text=True), end="")
+print(subprocess.check_output([{str(program)!r}, "-g"], text=True), end="")
+"""
+    ended, stdout, stderr = await run_to_end(
+        launcher, make_spec("/usr/bin/python3", "-I", "-S", "-c", script, user=NOBODY)
+    )
+    assert (ended.exit_code, stderr) == (0, b"")
+    refused, uid, gid = stdout.decode().splitlines()
+    assert json.loads(refused) == [True] * 8
+    assert (uid, gid) == ("65534", "65534")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"uid": 2**32 - 1}, {"gid": 2**32 - 1}, {"uid": -1}, {"uid": 2**40}, {"groups": (-1,)}]
+)
+async def test_user_that_is_none_keeps_no_rights(launcher: Launcher, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """-1 means "leave it as it is" to the kernel: a spec that says so starts nothing, least of all as root."""
+    spec = make_spec("touch", str(tmp_path / "ran")).model_copy(update={"user": NOBODY.model_copy(update=changes)})
+    ended, _, _ = await run_to_end(launcher, spec)
+    assert ended.ended_by is EndedBy.LAUNCH
+    assert ended.errno in {errno.EINVAL, errno.EPERM}
+    assert not (tmp_path / "ran").exists()
+
+
+async def test_limits_are_those_that_the_agent_was_started_with(attempts_dir: Path) -> None:
+    """Open files and core dumps: what the operator has set for the agent holds for its tasks."""
+    names = ("RLIMIT_NOFILE", "RLIMIT_CORE", "RLIMIT_STACK", "RLIMIT_MEMLOCK", "RLIMIT_NPROC")
+    wanted = [list(resource.getrlimit(getattr(resource, name))) for name in names]
+    script = f"import resource, json; print(json.dumps([resource.getrlimit(getattr(resource, n)) for n in {names}]))"
+    again = Launcher(attempts_dir)
+    try:
+        await again.start()
+        assert await report_of(again, script) == wanted
+    finally:
+        await again.stop()
+
+
+async def test_standard_input_is_empty_and_nothing_else_is_open(launcher: Launcher) -> None:
+    """As the task itself sees it: /dev/null, two pipes, and no descriptor of the agent, the spawner or the shim."""
+    script = (
+        "import os, json; fds = sorted(map(int, os.listdir('/proc/self/fd')));"
+        " names = {fd: os.readlink(f'/proc/self/fd/{fd}') for fd in fds if os.path.lexists(f'/proc/self/fd/{fd}')};"
+        " print(json.dumps([os.read(0, 10).decode(), names]))"
+    )
+    stdin, names = cast("tuple[str, dict[str, str]]", await report_of(launcher, script))
+    assert (stdin, names.pop("0")) == ("", "/dev/null")
+    assert all(name.startswith("pipe:") for name in names.values())
+    assert sorted(names) == ["1", "2"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")

@@ -73,6 +73,22 @@ async def cancel_task(request: web.Request) -> web.Response:
     return success(await context.operations.cancel_task(task_id), context.now())
 
 
+async def suspend_task(request: web.Request) -> web.Response:
+    """POST /tasks/{id}/suspend."""
+    context = context_of(request)
+    task_id = task_id_of(request)
+    note(request, task_id=task_id)
+    return success(await context.operations.suspend_task(task_id), context.now())
+
+
+async def resume_task(request: web.Request) -> web.Response:
+    """POST /tasks/{id}/resume."""
+    context = context_of(request)
+    task_id = task_id_of(request)
+    note(request, task_id=task_id)
+    return success(await context.operations.resume_task(task_id), context.now())
+
+
 async def stop_process(request: web.Request) -> web.Response:
     """POST /process/stop, as deployed planes call it. Process 1 and the agent are nobody's run, whoever asks."""
     context = context_of(request)

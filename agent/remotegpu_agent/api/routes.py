@@ -32,5 +32,7 @@ ROUTES: Final = (
     Route(name="task_list", method="GET", path="/tasks", handler=handlers.list_tasks),
     Route(name="task_show", method="GET", path="/tasks/{task_id}", handler=handlers.show_task),
     Route(name="task_cancel", method="POST", path="/tasks/{task_id}/cancel", handler=handlers.cancel_task),
+    Route(name="task_suspend", method="POST", path="/tasks/{task_id}/suspend", handler=handlers.suspend_task),
+    Route(name="task_resume", method="POST", path="/tasks/{task_id}/resume", handler=handlers.resume_task),
     Route(name="task_logs", method="GET", path="/tasks/{task_id}/logs", handler=read_logs),
 )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from remotegpu_agent.cli.arguments import Argument
-from remotegpu_agent.cli.context import Globals, say
-from remotegpu_agent.cli.exits import Exit, RefusedByAgent
+from remotegpu_agent.cli.asking import ask_each
+from remotegpu_agent.cli.context import Globals
 
 
 def cancel(
@@ -19,24 +19,9 @@ def cancel(
 
     Example: remotegpu-agent cancel 0198a2
     """
-    from remotegpu_agent.cli import output
-    from remotegpu_agent.cli.client import task_path
+    return ask_each(options, ids, "cancel", _what)
 
-    paths = [task_path(task_id, "cancel") for task_id in ids]
-    client = options.client()
-    views = []
-    code = Exit.DONE
-    for task_id, path in zip(ids, paths, strict=True):
-        try:
-            view = client.post(path)
-        except RefusedByAgent as refusal:
-            code = code or refusal.code
-            say(f"remotegpu-agent: {task_id}: {refusal}")
-            continue
-        views.append(view)
-        if not options.is_json:
-            is_final = view.get("state") in {"completed", "failed", "cancelled"}
-            print(f"task {view.get('id')} {view.get('state') if is_final else 'is being stopped'}", flush=True)
-    if options.is_json:
-        output.print_json({"tasks": views})
-    return code
+
+def _what(view: dict[str, Any]) -> str:
+    is_final = view.get("state") in {"completed", "failed", "cancelled"}
+    return str(view.get("state")) if is_final else "is being stopped"

@@ -32,6 +32,11 @@ _PR_GET_CHILD_SUBREAPER: Final = 37
 _CONNECT_TIMEOUT_S: Final = 5.0
 _FREE_DISK_MIN_BYTES: Final = 1 << 30
 _FREE_SHARE_MIN: Final = 0.05
+_PLACEMENTS: Final = {
+    "systemd": "a transient scope per run",
+    "cgroup": "a control group per run",
+    "process-group": "no control groups",
+}
 
 
 class Level(enum.StrEnum):
@@ -68,6 +73,7 @@ def all_checks(options: Globals) -> Iterator[Check]:
         is_running = check.level is Level.OK
         yield check
     if config is not None:
+        yield _placement(config)
         yield from _state_dir(config)
         yield from _secrets(config, options)
         if not is_running:
@@ -159,6 +165,28 @@ def _agent(options: Globals) -> Iterator[Check]:
         yield Check("agent", Level.WARNING, text, "`remotegpu-agent status` says why")
     else:
         yield Check("agent", Level.OK, text)
+
+
+def _placement(config: Config) -> Check:
+    """Which placement the agent has if it runs as whoever calls this, and what is missing."""
+    import asyncio
+
+    from remotegpu_schemas.errors import Misconfigured
+    from remotegpu_sidecar.placement import choose
+
+    async def look() -> tuple[str, tuple[str, ...]]:
+        placement = await choose(config.tasks.placement)
+        await placement.close()
+        return placement.kind, placement.missing
+
+    try:
+        kind, missing = asyncio.run(look())
+    except Misconfigured as error:
+        return Check("placement", Level.PROBLEM, str(error), "set tasks.placement to auto, or run the agent as root")
+    text = f"{kind} ({_PLACEMENTS[kind]}), as uid {os.geteuid()}"
+    if missing:
+        return Check("placement", Level.WARNING, f"{text}; missing: {'; '.join(missing)}")
+    return Check("placement", Level.OK, text)
 
 
 def _state_dir(config: Config) -> Iterator[Check]:

@@ -73,9 +73,24 @@ def _pairs(detail: dict[str, Any]) -> list[tuple[str, str]]:
         ("started", local_time(detail.get("started_at"))),
         ("ended", local_time(detail.get("ended_at"))),
         ("ran", ran),
+        ("used", _used(detail.get("runs") or [])),
         ("lease left", f"{lease:.0f} s" if isinstance(lease, int | float) else ""),
         ("reported", "" if detail.get("is_synced", True) else "not yet"),
     ]
+
+
+def _used(runs: list[dict[str, Any]]) -> str:
+    """What the last run that has ended used."""
+    usage = next((run["usage"] for run in reversed(runs) if run.get("usage")), None)
+    if usage is None:
+        return ""
+    parts = (
+        ("cpu_s", "{:g} s of CPU"),
+        ("memory_peak_mb", "{:g} MiB of memory"),
+        ("io_read_mb", "{:g} MiB read"),
+        ("io_write_mb", "{:g} MiB written"),
+    )
+    return ", ".join(text.format(usage[key]) for key, text in parts if usage.get(key))
 
 
 def _run_columns() -> tuple[Column, ...]:

@@ -94,6 +94,12 @@ WHERE attempt_id = :attempt_id AND run_no = :run_no AND state = :state;
 UPDATE runs SET state = :new_state, stop_cause = :stop_cause
 WHERE attempt_id = :attempt_id AND run_no = :run_no AND state = :state;
 
+-- name: run_suspension
+UPDATE runs SET state = :new_state WHERE attempt_id = :attempt_id AND run_no = :run_no AND state = :state;
+
+-- name: attempt_suspension
+UPDATE attempts SET state = :new_state WHERE attempt_id = :attempt_id AND run_no = :run_no AND state = :state;
+
 -- name: run_ended
 UPDATE runs
 SET state = :new_state, cause = :cause, exit_code = :exit_code, signal = :signal, error = :error,

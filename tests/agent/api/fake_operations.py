@@ -150,6 +150,18 @@ class FakeOperations:
         self._known(task_id)
         return task_view(TaskState.CANCELLED)
 
+    async def suspend_task(self, task_id: str) -> TaskView:
+        """As it says."""
+        self._called("suspend_task", task_id=task_id)
+        self._known(task_id)
+        return task_view(TaskState.SUSPENDED)
+
+    async def resume_task(self, task_id: str) -> TaskView:
+        """As it says."""
+        self._called("resume_task", task_id=task_id)
+        self._known(task_id)
+        raise Refused(Code.STATE_CONFLICT)
+
     async def read_log(self, task_id: str, *, stream: Stream, offset: int, limit: int, run_no: int | None) -> LogChunk:
         """As it says."""
         self._called("read_log", stream=stream, offset=offset, limit=limit, run_no=run_no)

@@ -113,6 +113,19 @@ async def test_bad_waits(api: Api, wait: str) -> None:
     assert body["message"].startswith("wait: ")
 
 
+async def test_suspending_and_resuming(api: Api) -> None:
+    """POST /tasks/{id}/suspend and /resume; the wrong state is a conflict with its code, and both are audited."""
+    status, body = await api.call("POST", ONE + "/suspend")
+    assert (status, body["data"]["state"]) == (200, "suspended")
+    status, body = await api.call("POST", ONE + "/resume")
+    assert (status, body["code"]) == (409, 30020)
+    lines = [line for line in api.audit_lines() if line["what"] in {"task_suspend", "task_resume"}]
+    assert [(line["what"], line["outcome"] == "ok") for line in lines] == [
+        ("task_suspend", True),
+        ("task_resume", False),
+    ]
+
+
 async def test_cancelling(api: Api) -> None:
     """POST /tasks/{id}/cancel answers with the task, and is in the audit log with it."""
     status, body = await api.call("POST", ONE + "/cancel")

@@ -130,6 +130,22 @@ class ScriptedOperations(FakeOperations):
         self.end(detail.id, TaskState.CANCELLED, cause=Cause.CANCELLED)
         return TaskView(**self.details[detail.id].model_dump(include=set(TaskView.model_fields)))
 
+    async def suspend_task(self, task_id: str) -> TaskView:
+        """As it says."""
+        return self._move("suspend_task", task_id, TaskState.RUNNING, TaskState.SUSPENDED)
+
+    async def resume_task(self, task_id: str) -> TaskView:
+        """As it says."""
+        return self._move("resume_task", task_id, TaskState.SUSPENDED, TaskState.RUNNING)
+
+    def _move(self, call: str, task_id: str, old: TaskState, new: TaskState) -> TaskView:
+        self._called(call, task_id=task_id)
+        detail = self._find(task_id)
+        if detail.state is not old:
+            raise Refused(Code.STATE_CONFLICT, f"task {detail.id} is {detail.state}")
+        self.details[detail.id] = detail.model_copy(update={"state": new})
+        return TaskView(**self.details[detail.id].model_dump(include=set(TaskView.model_fields)))
+
     async def read_log(self, task_id: str, *, stream: Stream, offset: int, limit: int, run_no: int | None) -> LogChunk:
         """As it says."""
         self._called("read_log", task_id=task_id, stream=stream, offset=offset, limit=limit, run_no=run_no)

@@ -130,6 +130,17 @@ def test_other_refusals(tasks: LiveAgent, local: Cli, code: Code) -> None:
     assert (found.code, found.err) == (5, f"remotegpu-agent: no (code {code.value})\n")
 
 
+def test_suspend_and_resume(tasks: LiveAgent, local: Cli) -> None:
+    """Each says what became of each task, `list` shows it, and what is in the wrong state is named."""
+    found = local("suspend", "aa1", "bb33")
+    assert (found.code, found.out) == (5, "task aa11 suspended\n")
+    assert found.err == "remotegpu-agent: bb33: task bb33 is failed (code 30020)\n"
+    assert "suspended" in local("list", "--state", "suspended").out
+    found = local("resume", "aa1", "--json")
+    assert (found.code, found.json()["tasks"][0]["state"]) == (0, "running")
+    assert local("resume", "aa1").code == 5
+
+
 def test_cancel(tasks: LiveAgent, local: Cli) -> None:
     """Cancelling says what became of each task."""
     found = local("cancel", "aa1", "aa2")

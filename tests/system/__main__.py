@@ -1,0 +1,97 @@
+"""`make test-system`: what only a real systemd can prove, in the test bed's throw-away virtual machine.
+
+    python -m tests.system [placement | reboot] [WORD ...]
+
+WORDs choose checks by their names (see guest.py). The test bed is the program that REMOTEGPU_TESTBED names, or
+../shared/testbed/testbed beside the repository. The guest has no network: packages are brought along, installed into a
+folder on this side. Emulation is slow: a set takes ten minutes on 2 cores.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Final
+
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
+GUEST: Final = Path(__file__).with_name("guest.py")
+GUEST_PYTHON: Final = "3.11"
+TIMEOUT_S: Final = 3000
+DISK: Final = f"remotegpu-system-{os.getpid()}"
+
+
+def find_testbed() -> Path:
+    """The test bed's program. Raises SystemExit with what to do."""
+    path = Path(os.environ.get("REMOTEGPU_TESTBED") or REPOSITORY.parent / "shared" / "testbed" / "testbed")
+    if not path.is_file():
+        raise SystemExit(f"there is no test bed at {path}: name its program in REMOTEGPU_TESTBED")
+    return path
+
+
+def bring_packages(library: Path, scratch: Path) -> None:
+    """Install the project and the packages that it needs, as pinned, for the guest's Python."""
+    pip = [sys.executable, "-m", "pip"]
+    install = [*pip, "install", "--quiet", "--no-deps", "--only-binary=:all:", "--target", str(library)]
+    install += ["--python-version", GUEST_PYTHON]
+    pins = ["--require-hashes", "--requirement", str(REPOSITORY / "requirements" / "runtime.txt")]
+    _call([*install, *pins])
+    build = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(scratch)]
+    _call([*pip, "wheel", *build, str(REPOSITORY)])
+    _call([*install, "--no-index", *map(str, scratch.glob("*.whl"))])
+
+
+def run_in_guest(testbed: Path, library: Path, command: str, *options: str) -> int:
+    """Run a command in a fresh guest; its exit status."""
+    copies = ["--copy", f"{library}:/opt/remotegpu", "--copy", f"{GUEST}:/root/guest.py"]
+    argv = [str(testbed), "run", "--timeout", str(TIMEOUT_S), *copies, *options, "--", command]
+    return subprocess.run(argv, check=False).returncode
+
+
+def check_placement(testbed: Path, library: Path, words: list[str]) -> int:
+    """Scopes, survival, limits, refusals."""
+    return run_in_guest(testbed, library, " ".join(["python3 /root/guest.py placement", *words]))
+
+
+def check_reboot(testbed: Path, library: Path, _words: list[str]) -> int:
+    """A run is under way when the host goes down, in order or not; after the boot its end is known."""
+    failures = 0
+    for after, down in {
+        "after-shutdown": "systemctl reboot",
+        "after-crash": "systemctl reboot --force --force",
+    }.items():
+        before = f"python3 /root/guest.py before-reboot && sync && {down} && sleep 600"
+        failures += run_in_guest(testbed, library, before, "--disk", DISK, "--fresh", "--allow-shutdown") != 0
+        failures += run_in_guest(testbed, library, f"python3 /root/guest.py {after}", "--disk", DISK) != 0
+    return failures
+
+
+SETS: Final = {"placement": check_placement, "reboot": check_reboot}
+
+
+def main() -> int:
+    """Run the sets that are asked for, or all of them; 1 if one has failed."""
+    wanted = [name for name in sys.argv[1:2] if name in SETS]
+    words = sys.argv[1 + len(wanted) :]
+    testbed = find_testbed()
+    failed = []
+    with tempfile.TemporaryDirectory() as directory:
+        library, scratch = Path(directory, "library"), Path(directory, "wheels")
+        bring_packages(library, scratch)
+        for name in wanted or SETS:
+            print(f"== {name}", flush=True)
+            if SETS[name](testbed, library, words):
+                failed.append(name)
+    print(f"failed: {', '.join(failed)}" if failed else "all passed")
+    return 1 if failed else 0
+
+
+def _call(argv: list[str]) -> None:
+    if subprocess.run(argv, check=False).returncode:
+        raise SystemExit(f"failed: {' '.join(argv)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
