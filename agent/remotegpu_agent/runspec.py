@@ -161,7 +161,8 @@ def prepare_work_dir(task: Task, settings: RunSettings) -> None:
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
     except FileNotFoundError:  # the first task of this state directory
-        directory.parent.mkdir(mode=0o711, exist_ok=True)
+        directory.parent.mkdir(exist_ok=True)
+        directory.parent.chmod(0o711)  # whatever the umask: the tasks' users have to pass through
         directory.mkdir(mode=0o700, exist_ok=True)
     user = settings.user
     # Once the directory is the task's, nothing in it is touched any more; given away last, so that a crash is mended.

@@ -22,6 +22,7 @@ from remotegpu_queue.store import Store
 from remotegpu_schemas.errors import CODES, Code
 from remotegpu_schemas.limits import REPORTS_IN_FLIGHT_MAX
 from remotegpu_schemas.states import Cause
+from remotegpu_schemas.task import TaskId
 from tests.agent.support import Contact, MovableClock, OpenStore, S, Told, add_report, contact, gather, open_store
 from tests.control_plane.support import RESULT
 from tests.waiting import DEADLINE_S, until
@@ -119,8 +120,8 @@ async def running(directory: Path) -> AsyncGenerator[Delivery]:
 async def test_reports_of_an_attempt_arrive_in_order(delivery: Delivery, tmp_path: Path) -> None:
     """Start before progress before completion, although all three are due at once; the plane stores them so."""
     [task_id] = await delivery.contact.operator.submit()
-    claimed = await _claim(delivery)
-    attempt_id = claimed["attempt_id"]
+    await delivery.contact.register()
+    attempt_id = (await delivery.contact.claim_one()).attempt_id
     names = {"agent_id": "agent-1", "attempt_id": attempt_id}
     bodies: list[tuple[outbox.ReportKind, dict[str, Any]]] = [
         ("start", {"process_id": 42, "run_no": 1}),
@@ -130,7 +131,7 @@ async def test_reports_of_an_attempt_arrive_in_order(delivery: Delivery, tmp_pat
 
     def unit(db: sqlite3.Connection) -> None:
         for kind, body in bodies:
-            outbox.add_report(db, attempt_id, kind, names | body, 1000, "boot", task_id)  # type: ignore[arg-type]
+            outbox.add_report(db, attempt_id, kind, names | body, 1000, "boot", TaskId(task_id))
 
     await delivery.store.write(unit)
     delivery.reporter.changed()
@@ -140,14 +141,6 @@ async def test_reports_of_an_attempt_arrive_in_order(delivery: Delivery, tmp_pat
     assert (task["status"], task["progress"]["percent"]) == ("completed", 50.0)
     assert [event["kind"] for event in task["events"]] == ["created", "claimed", "started", "completed"]
     await delivery.is_empty()
-
-
-async def _claim(delivery: Delivery) -> dict[str, Any]:
-    body = {"agent_id": "agent-1", "machine_id": "machine-1", "limit": 1, "request_id": "r"}
-    await delivery.contact.client._call("/register", body)
-    [task] = (await delivery.contact.client._call("/tasks/claim", body)).answer.data["tasks"]
-    assert isinstance(task, dict)
-    return task
 
 
 async def test_a_held_report_holds_its_own_attempt_only(delivery: Delivery) -> None:
