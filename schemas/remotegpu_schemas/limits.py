@@ -75,6 +75,8 @@ OUTBOX_MAX_ROWS = 100_000
 REPORTS_IN_FLIGHT_MAX = 16
 RUNS_STARTING_MAX = 8
 """Launches under way at once: each is a handshake of milliseconds, and more of them only wait for the same cores."""
+REMAINS_PATIENCE_S = 10.0
+"""So long SIGKILL may take before the run is looked at again: one that hangs in the kernel must not hang the agent."""
 REPORT_GIVE_UP_S = 86400.0
 
 # A run that ends through no fault of its task is repeated at no cost, but not for ever: a task that kills its own

@@ -21,11 +21,11 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from remotegpu_schemas.attempt import ProcessIdentity, RunSpec, RunStarted
+from remotegpu_schemas.attempt import ProcessIdentity, RunSpec
 from remotegpu_schemas.errors import Retryable
 from remotegpu_sidecar import identity, record, remains, shim, spawner
 from remotegpu_sidecar.adoption import Adopted, AdoptedState, Found, directory_name, inspect, survey
-from remotegpu_sidecar.runs import Run, write_deadline
+from remotegpu_sidecar.runs import Run, read_deadline, write_deadline
 
 __all__ = ["Adopted", "AdoptedState", "LaunchError", "Launcher", "Place", "Run"]
 
@@ -79,23 +79,33 @@ class Launcher:
         return self._spawner.pid if self._spawner else None
 
     async def launch(self, spec: RunSpec, deadline_boottime_ns: int | None = None, place: Place | None = None) -> Run:
-        """Start a run and return once its task executes, or has failed to: then `wait` gives EndedBy.LAUNCH at once.
+        """Tell a new shim to start the task, and return the run: `wait_started` says when the task executes.
 
-        Raises LaunchError when nothing of it ever ran. A run directory is used once: repeat with another run number.
-        If the caller is cancelled after the start, the run goes on and is there for `adopt`.
+        Raises LaunchError when nothing of it ever ran or will. A run directory is used once: repeat with another run
+        number. If the caller is cancelled after the start, the run goes on and is there for `adopt`.
         """
         directory = self._make_directory(spec, deadline_boottime_ns)
         channel, hello = await self._obtain_shim(directory)
-        with contextlib.closing(channel):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(channel))
             try:
                 pidfd = identity.open_pidfd(hello)
             except OSError as error:
                 raise LaunchError(f"the shim of {directory.name} was lost: {error}", error.errno) from error
+            # Whatever can fail comes before the go: nothing that runs may be taken for not started.
             with _closed_on_error(pidfd):
+                run = Run(
+                    directory, spec, None, hello, pidfd, deadline_boottime_ns=deadline_boottime_ns, channel=channel
+                )
+            try:
                 if place is not None:
                     await _put(place, hello, directory)
-                started = await _say_go(channel, directory)
-                return Run(directory, spec, started, hello, pidfd)
+                _say_go(channel, directory)
+            except BaseException:
+                run.close()
+                raise
+            stack.pop_all()
+            return run
 
     async def adopt(self, settled: Container[str] = ()) -> list[Adopted]:
         """Take stock of the attempt directories, once, before the first launch. Kills what lost shims left behind.
@@ -116,6 +126,18 @@ class Launcher:
         left = await remains.kill(mains, LOST_KILL_TIMEOUT_S)
         return [_with_left(each, left) for each in adopted]
 
+    async def look_again(self, attempt_id: str, run_no: int) -> Adopted | None:
+        """One run's directory, as `adopt` looks at it; None if there is none."""
+        directory = self._attempts_dir / directory_name(attempt_id, run_no)
+        if not directory.exists():
+            return None
+        adopted = self._take_over(await asyncio.to_thread(inspect, directory))
+        if adopted.state is AdoptedState.LOST and adopted.record is not None:
+            main = adopted.record.started.process if adopted.record.started else None
+            left = await remains.kill({(attempt_id, run_no): main}, LOST_KILL_TIMEOUT_S)
+            adopted = _with_left(adopted, left)
+        return adopted
+
     def _take_over(self, found: Found) -> Adopted:
         run: Run | None = None
         if found.state is AdoptedState.RUNNING and found.record is not None and found.shim is not None:
@@ -123,7 +145,15 @@ class Launcher:
                 pidfd = identity.open_pidfd(found.shim)
             except ProcessLookupError:  # it has ended since the look at it
                 return self._take_over(inspect(found.directory))
-            run = Run(found.directory, found.record.spec, found.record.started, found.shim, pidfd)
+            with _closed_on_error(pidfd):
+                run = Run(
+                    found.directory,
+                    found.record.spec,
+                    found.record.started,
+                    found.shim,
+                    pidfd,
+                    deadline_boottime_ns=read_deadline(found.directory),
+                )
         return Adopted(found.directory, found.state, found.attempt_id, found.run_no, found.record, run, found.reason)
 
     # --- the launch, step by step ---
@@ -313,18 +343,11 @@ async def _put(place: Place, hello: ProcessIdentity, directory: Path) -> None:
         ) from error
 
 
-async def _say_go(channel: socket.socket, directory: Path) -> RunStarted | None:
-    """Let the task start; None if it has not, for a reason on record, or if the shim was lost: `wait` tells."""
+def _say_go(channel: socket.socket, directory: Path) -> None:
     try:
         channel.send(b'{"go":{}}')
     except OSError as error:
         raise LaunchError(f"the shim of run {directory.name} was lost: {error}", error.errno) from error
-    message = await _receive(channel)
-    if message is None or "ended" in message:
-        return None
-    if "started" in message:
-        return RunStarted.model_validate(message["started"])
-    raise _launch_error(message, directory)
 
 
 def _launch_error(message: dict[str, object], directory: Path) -> LaunchError:

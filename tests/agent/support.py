@@ -16,9 +16,10 @@ import aiohttp
 
 from control_plane import Plane, Settings, serve
 from remotegpu_agent.announcer import Announcer
+from remotegpu_agent.bookkeeping import Books
 from remotegpu_agent.control_plane import ControlPlane
 from remotegpu_agent.dispatch import Dispatcher
-from remotegpu_agent.executor import Executor, ExecutorSettings
+from remotegpu_agent.executor import Executor
 from remotegpu_agent.leases import LeaseKeeper, LeaseSettings
 from remotegpu_agent.reports import Reports
 from remotegpu_agent.runspec import RunSettings
@@ -162,6 +163,11 @@ class Host:
         await self.has_ended(attempt.attempt_id)
         return await self.attempt(attempt.attempt_id)
 
+    async def has_settled(self) -> None:
+        """Wait until nothing is started, runs, or waits for its end to be stored."""
+        for attempt_id in list(self.executor.active):
+            await self.has_ended(attempt_id)
+
     async def has_ended(self, attempt_id: AttemptId) -> None:
         """Wait until no process of the attempt is left."""
         active = self.executor.active.get(attempt_id)
@@ -177,7 +183,7 @@ async def host(directory: Path, *, slots: int = 2, continues: bool = False, **le
     attempts_dir = directory / "attempts"
     launcher, reports = Launcher(attempts_dir), Reports(AGENT, attempts_dir, 4096)
     async with open_store(directory) as opened:
-        settings = ExecutorSettings(run_settings(directory), BOOT, continues_when_unreachable=continues)
+        books = Books(opened.store, reports, clock, BOOT)
         dispatcher: Dispatcher | None = None
 
         def on_free() -> None:
@@ -185,18 +191,18 @@ async def host(directory: Path, *, slots: int = 2, continues: bool = False, **le
                 dispatcher.changed()
 
         executor = Executor(
-            opened.store,
+            books,
             launcher,
-            reports,
             clock,
-            settings,
+            run_settings(directory),
             loops,
             announcer,
+            continues_when_unreachable=continues,
             on_free=on_free,
             on_report=lambda: reported("report"),
         )
         executor.watch(started=lambda _: None, ended=ended)
-        executor.leases = LeaseKeeper(
+        executor.leases = books.leases = LeaseKeeper(
             opened.store,
             clock,
             lease_settings(continues=continues, **lease),
@@ -316,7 +322,7 @@ class Contact:
 
     async def claim_one(self) -> Claim:
         """The one task that the plane has."""
-        request = ClaimRequest(agent_id=AGENT, machine_id=MACHINE, limit=1, request_id="by hand")
+        request = ClaimRequest(agent_id=AGENT, machine_id=MACHINE, limit=1, request_id="by-hand")
         [claim] = parse_claims((await self.client.claim(request)).answer.data)
         assert isinstance(claim, Claim)
         return claim

@@ -86,6 +86,7 @@ async def claiming(
             random=lambda: 0.0,
             new_id=new_id,
             blocked=lambda: blocked,
+            can_release=lambda: True,
             on_claimed=on_claimed,
         )
         await reached.register()

@@ -12,7 +12,7 @@ import pytest
 from remotegpu_agent.recovery import Recovered, recover
 from remotegpu_queue import units, views
 from remotegpu_queue.rows import Attempt
-from remotegpu_schemas.attempt import EndedBy, ProcessIdentity, RunEnded, RunNo, RunRecord, RunStarted
+from remotegpu_schemas.attempt import EndedBy, ProcessIdentity, RunEnded, RunNo, RunRecord, RunSpec, RunStarted
 from remotegpu_schemas.states import Cause, TaskState
 from remotegpu_sidecar.adoption import directory_name
 from remotegpu_sidecar.launcher import Adopted, AdoptedState
@@ -58,11 +58,19 @@ def found(parts: Host, attempt: Attempt, state: AdoptedState, **ended: Any) -> A
     return Adopted(directory, state, attempt.attempt_id, ONE, record)
 
 
+async def by_an_earlier_agent(parts: Host, spec: RunSpec, deadline_ns: int | None = None) -> None:
+    """A run that executes and that nobody holds."""
+    run = await parts.launcher.launch(spec, deadline_ns)
+    assert await run.wait_started() is not None
+    run.close()
+
+
 async def test_what_ended_meanwhile_is_stored_with_its_own_end(parts: Host) -> None:
     """F05: exit code, times and identity come from the record."""
     attempt = await begun(parts)
     there = found(parts, attempt, AdoptedState.ENDED, ended_by=EndedBy.EXIT, exit_code=7)
-    assert await recover(parts.store, parts.executor, parts.loops, [there]) == Recovered(0, 1)
+    assert await recover(parts.store, parts.executor, [there]) == Recovered(0, 1)
+    await parts.has_settled()
     after = await parts.attempt(attempt.attempt_id)
     assert (after.state, after.cause, after.exit_code) == (TaskState.FAILED, Cause.EXIT_CODE, 7)
     [run] = (await parts.store.read(lambda db: views.find_task(db, "t")))[1]
@@ -74,7 +82,8 @@ async def test_a_claimed_run_that_ended_meanwhile_is_reported_from_its_start(par
     """F05: the start report that was never sent comes before the completion."""
     attempt = await begun(parts, ttl_s=300.0)
     there = found(parts, attempt, AdoptedState.ENDED, ended_by=EndedBy.EXIT, exit_code=0)
-    await recover(parts.store, parts.executor, parts.loops, [there])
+    await recover(parts.store, parts.executor, [there])
+    await parts.has_settled()
     kinds = await parts.store.read(lambda db: [row["kind"] for row in db.execute("SELECT * FROM outbox ORDER BY id")])
     assert kinds == ["start", "complete"]
 
@@ -95,7 +104,8 @@ async def test_a_run_without_an_end_on_record(
     """Each has its own cause; a stop that was asked for before counts, and then nothing follows."""
     attempt = await begun(parts, stop=stop)
     there = found(parts, attempt, state)
-    assert (await recover(parts.store, parts.executor, parts.loops, [there])).finished == 1
+    assert (await recover(parts.store, parts.executor, [there])).finished == 1
+    await parts.has_settled()
     [run] = await _ended_runs(parts)
     assert run.cause is (stop or cause)
     after = await parts.attempt(attempt.attempt_id)
@@ -119,10 +129,11 @@ async def _ended_runs(parts: Host) -> list[Any]:
 async def test_f02_a_run_row_without_a_directory_never_started(parts: Host, stop: Cause | None) -> None:
     """F02: the agent was killed between writing the run down and launching it: free, and repeated, unless cancelled."""
     attempt = await begun(parts, stop=stop)
-    assert await recover(parts.store, parts.executor, parts.loops, []) == Recovered(0, 1)
+    assert await recover(parts.store, parts.executor, []) == Recovered(0, 1)
+    await parts.has_settled()
     after = await parts.attempt(attempt.attempt_id)
     assert after.state is (TaskState.CANCELLED if stop else TaskState.PENDING)
-    assert await recover(parts.store, parts.executor, parts.loops, []) == Recovered(0, 0)
+    assert await recover(parts.store, parts.executor, []) == Recovered(0, 0)
 
 
 async def test_f03_a_live_run_is_adopted_with_its_lease(parts: Host) -> None:
@@ -131,10 +142,10 @@ async def test_f03_a_live_run_is_adopted_with_its_lease(parts: Host) -> None:
     spec = make_spec("sleep", "60").model_copy(update={"attempt_id": attempt.attempt_id})
     assert attempt.lease is not None
     later_ns = attempt.lease.deadline_boottime_ns + 50 * 10**9
-    (await parts.launcher.launch(spec, later_ns)).close()
+    await by_an_earlier_agent(parts, spec, later_ns)
     adopted = await parts.launcher.adopt()
     assert [each.state for each in adopted] == [AdoptedState.RUNNING]
-    assert await recover(parts.store, parts.executor, parts.loops, adopted) == Recovered(1, 0)
+    assert await recover(parts.store, parts.executor, adopted) == Recovered(1, 0)
     active = parts.executor.active[attempt.attempt_id]
     lease = parts.leases.current(attempt.attempt_id)
     assert lease is not None
@@ -151,8 +162,8 @@ async def test_a_live_run_that_was_to_be_stopped_is_stopped_again(parts: Host) -
     """The reason was on disk before the signal; whether the signal was sent nobody knows."""
     attempt = await begun(parts, stop=Cause.CANCELLED)
     spec = make_spec("sleep", "60").model_copy(update={"attempt_id": attempt.attempt_id})
-    (await parts.launcher.launch(spec)).close()
-    await recover(parts.store, parts.executor, parts.loops, await parts.launcher.adopt())
+    await by_an_earlier_agent(parts, spec)
+    await recover(parts.store, parts.executor, await parts.launcher.adopt())
     await parts.has_ended(attempt.attempt_id)
     after = await parts.attempt(attempt.attempt_id)
     assert (after.state, after.cause) == (TaskState.CANCELLED, Cause.CANCELLED)
@@ -162,8 +173,9 @@ async def test_a_live_run_that_the_database_does_not_know_is_left_alone(parts: H
     """Nobody but an operator may end what nobody knows; its shim keeps timeout and lease."""
     spec = make_spec("sleep", "60", attempt="stranger")
     run = await parts.launcher.launch(spec)
+    assert await run.wait_started() is not None
     adopted = await parts.launcher.adopt()
-    assert await recover(parts.store, parts.executor, parts.loops, adopted) == Recovered(0, 0)
+    assert await recover(parts.store, parts.executor, adopted) == Recovered(0, 0)
     assert run.started is not None
     assert run.contains(run.started.process.pid)
     run.kill()
@@ -175,9 +187,10 @@ async def test_the_end_of_a_run_that_is_stored_already_changes_nothing(parts: Ho
     """Directories of ended runs stay for their output."""
     attempt = await begun(parts)
     there = found(parts, attempt, AdoptedState.ENDED, ended_by=EndedBy.EXIT, exit_code=7)
-    await recover(parts.store, parts.executor, parts.loops, [there])
+    await recover(parts.store, parts.executor, [there])
+    await parts.has_settled()
     before = await parts.attempt(attempt.attempt_id)
-    assert await recover(parts.store, parts.executor, parts.loops, [there]) == Recovered(0, 0)
+    assert await recover(parts.store, parts.executor, [there]) == Recovered(0, 0)
     assert await parts.attempt(attempt.attempt_id) == before
 
 
@@ -185,6 +198,6 @@ async def test_every_open_lease_is_held(parts: Host) -> None:
     """Of what waits too: it must not be started after its lease."""
     waiting = await parts.add("waiting", ttl_s=300.0)
     local = await parts.add("local")
-    await recover(parts.store, parts.executor, parts.loops, [])
+    await recover(parts.store, parts.executor, [])
     assert parts.leases.current(waiting.attempt_id) == waiting.lease
     assert parts.leases.current(local.attempt_id) is None

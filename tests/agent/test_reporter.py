@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from control_plane.faults import DropAfter, Hold, Respond, hiccup
-from remotegpu_agent.reporter import Reporter
+from remotegpu_agent.reporter import Fate, Reporter
 from remotegpu_agent.supervise import Loops
 from remotegpu_queue import outbox, views
 from remotegpu_queue.outbox import Report
@@ -106,7 +106,7 @@ async def running(directory: Path) -> AsyncGenerator[Delivery]:
             clock,
             loops,
             lambda: 1.0,
-            on_delivered=delivered,
+            on_settled=lambda report, fate: delivered(report) if fate is Fate.DELIVERED else None,
             on_refused=refused.told,
         )
         loops.run_forever("reports", reporter.run)
@@ -203,18 +203,19 @@ async def test_the_backoff_is_on_disk(tmp_path: Path) -> None:
     async with running(tmp_path) as first:
         first.contact.plane.faults.order_always("start", Respond(500))
         await first.add("a", "start")
-        for tries in range(1, 4):
-            row = await first.tried("a", tries)
-            assert row["due_boottime_ns"] <= first.clock.boottime_ns() + 0.5 * 2 ** (tries - 1) * S
+        row = await first.tried("a")
+        for tries in range(2, 4):
             first.clock.move(60)
             first.reporter.changed()
+            row = await first.tried("a", tries)
+        assert row["due_boottime_ns"] - first.clock.boottime_ns() > 1 * S
     async with running(tmp_path) as second:
         second.clock.move(600)
         second.contact.plane.faults.order_always("start", Respond(500))
         before_ns = second.clock.boottime_ns()
         second.reporter.changed()
-        row = await second.tried("a", 5)
-        assert row["due_boottime_ns"] - before_ns >= 7 * S
+        row = await second.tried("a", 4)
+        assert row["due_boottime_ns"] - before_ns >= 4 * S
         assert row["first_try_at_ms"] is not None
 
 
@@ -278,17 +279,18 @@ async def test_f15_a_late_completion_is_kept_as_a_dead_letter(delivery: Delivery
 
 
 async def test_f51_a_hiccup_is_repeated_until_a_day_is_over(delivery: Delivery) -> None:
-    """F51: a bare 404 never kills and never drops; after 24 h of it the report is a dead letter."""
+    """F51: a bare 404 never kills and never drops; after 24 h and 100 tries of it the report is a dead letter."""
     delivery.contact.plane.faults.order_always("complete", hiccup(404, in_body=True))
     await delivery.add("a", "complete")
     await delivery.tried("a")
-    delivery.clock.move(86_000)
+    delivery.clock.move(87_000)
     delivery.reporter.changed()
-    assert (await delivery.tried("a", 2))["is_dead"] == 0
+    assert (await delivery.tried("a", 2))["is_dead"] == 0  # the clock on the wall may have jumped
+    await delivery.store.write(lambda db: db.execute("UPDATE outbox SET tries = 100"))
     delivery.clock.move(1_000)
     delivery.reporter.changed()
     await delivery.is_empty()
-    assert (await delivery.tried("a", 3))["is_dead"] == 1
+    assert (await delivery.tried("a", 101))["is_dead"] == 1
     assert not delivery.refused.calls
 
 

@@ -25,7 +25,7 @@ from remotegpu_schemas.attempt import (
 )
 from remotegpu_schemas.states import Cause
 from remotegpu_schemas.task import TaskId
-from remotegpu_schemas.wire import RefusedClaim
+from remotegpu_schemas.wire import JsonObject, RefusedClaim
 from remotegpu_sidecar.adoption import directory_name
 from remotegpu_sidecar.output import segment_name
 from tests.agent.support import AGENT, BOOT, MovableClock, add_attempt, open_store
@@ -71,6 +71,13 @@ def record_of(attempt: Attempt, **ended: Any) -> RunRecord:
     return RunRecord(spec=spec, ended=RunEnded(**values))
 
 
+def complete(
+    reports: Reports, attempt: Attempt, outcome: Outcome, record: RunRecord | None, ended_ms: int
+) -> JsonObject | None:
+    """The completion after run 1, with its output as it lies there."""
+    return reports.complete(attempt, ONE, outcome, reports.read_outputs(attempt, ONE, record), ended_ms)
+
+
 def test_a_start(reports: Reports, claimed: Attempt) -> None:
     """Process id and run number; nothing for a local task."""
     process = ProcessIdentity(boot_id=BOOT, pid=42, start_ticks=1)
@@ -100,7 +107,7 @@ def test_a_completion_with_short_output(reports: Reports, claimed: Attempt) -> N
     (directory / segment_name("stderr", 0)).write_bytes(b"err\n")
     usage = RunUsage(wall_s=1.23456, cpu_s=0.5, memory_peak_bytes=3 * 2**20)
     record = record_of(claimed, stdout_bytes=6, stderr_bytes=4, usage=usage)
-    body = reports.complete(claimed, RunNo(1), SUCCEEDED, record, 1_770_000_000_000)
+    body = complete(reports, claimed, SUCCEEDED, record, 1_770_000_000_000)
     assert body is not None
     assert (body["stdout"], body["stderr"], body["truncated"]) == ("out��\n", "err\n", False)
     assert (body["status"], body["cause"], body["exit_code"], body["runs"]) == ("completed", "succeeded", 0, 1)
@@ -114,7 +121,7 @@ def test_output_over_the_limit_keeps_head_and_tail(reports: Reports, claimed: At
     """Within the limit as UTF-8, with a marker that says how much there was; at the limit it is whole."""
     data = bytes(0x41 + (number * 7) % 26 for number in range(size))
     (directory_of(reports, claimed) / segment_name("stdout", 0)).write_bytes(data)
-    body = reports.complete(claimed, ONE, SUCCEEDED, record_of(claimed, stdout_bytes=size), 0)
+    body = complete(reports, claimed, SUCCEEDED, record_of(claimed, stdout_bytes=size), 0)
     assert body is not None
     text: str = body["stdout"]
     assert len(text.encode()) <= LIMIT
@@ -134,7 +141,7 @@ def test_output_whose_middle_was_dropped(reports: Reports, claimed: Attempt) -> 
     directory = directory_of(reports, claimed)
     (directory / segment_name("stdout", 0)).write_bytes(b"first " * 20)
     (directory / segment_name("stdout", 10**9)).write_bytes(b"last " * 20)
-    body = reports.complete(claimed, ONE, SUCCEEDED, record_of(claimed, stdout_bytes=10**9 + 100), 0)
+    body = complete(reports, claimed, SUCCEEDED, record_of(claimed, stdout_bytes=10**9 + 100), 0)
     assert body is not None
     assert body["truncated"] is True
     assert body["stdout"].startswith("first first")
@@ -147,7 +154,7 @@ def test_a_run_whose_shim_was_lost(reports: Reports, claimed: Attempt) -> None:
     (directory_of(reports, claimed) / segment_name("stdout", 0)).write_bytes(b"before it died\n")
     lost = Outcome(Cause.AGENT_LOST, 125, None, "the supervisor of this run was lost")
     for record in (None, RunRecord(spec=make_spec("true"))):
-        body = reports.complete(claimed, ONE, lost, record, 0)
+        body = complete(reports, claimed, lost, record, 0)
         assert body is not None
         assert (body["stdout"], body["stderr"], body["truncated"]) == ("before it died\n", "", False)
         assert (body["status"], body["exit_code"], body["cause"]) == ("failed", 125, "agent_lost")
@@ -156,12 +163,12 @@ def test_a_run_whose_shim_was_lost(reports: Reports, claimed: Attempt) -> None:
 
 def test_output_that_cannot_be_found_or_read(reports: Reports, claimed: Attempt) -> None:
     """A removed directory is no output; what is there and cannot be read is said. The result goes all the same."""
-    body = reports.complete(claimed, ONE, SUCCEEDED, record_of(claimed, stdout_bytes=5), 0)
+    body = complete(reports, claimed, SUCCEEDED, record_of(claimed, stdout_bytes=5), 0)
     assert body is not None
     assert (body["stdout"], body["truncated"]) == ("", False)
     directory = directory_of(reports, claimed)
     (directory / segment_name("stdout", 0)).symlink_to("/etc/passwd")
-    body = reports.complete(claimed, ONE, SUCCEEDED, record_of(claimed, stdout_bytes=5), 0)
+    body = complete(reports, claimed, SUCCEEDED, record_of(claimed, stdout_bytes=5), 0)
     assert body is not None
     assert "root" not in body["stdout"]
     assert body["stdout"].startswith("[remotegpu: the output cannot be read: ")
@@ -171,8 +178,8 @@ def test_output_that_cannot_be_found_or_read(reports: Reports, claimed: Attempt)
 def test_nothing_is_said_for_a_superseded_attempt_or_a_local_task(reports: Reports, claimed: Attempt) -> None:
     """Another attempt speaks for the task; a local task has nobody who asks."""
     superseded = Outcome(Cause.SUPERSEDED, 125, None, "x")
-    assert reports.complete(claimed, ONE, superseded, None, 0) is None
-    assert reports.complete(local(claimed), ONE, SUCCEEDED, None, 0) is None
+    assert complete(reports, claimed, superseded, None, 0) is None
+    assert complete(reports, local(claimed), SUCCEEDED, None, 0) is None
     for can_release in (False, True):
         assert reports.never_ran(claimed, superseded, 0, can_release=can_release) is None
         assert reports.never_ran(local(claimed), SUCCEEDED, 0, can_release=can_release) is None
@@ -207,6 +214,6 @@ def test_a_long_reason_is_cut(reports: Reports, claimed: Attempt) -> None:
     assert body["error"].startswith("the agent cannot run this task: x")
     assert (body["status"], body["cause"], body["exit_code"]) == ("failed", "policy_refused", 126)
     outcome = Outcome(Cause.EXIT_CODE, 1, None, "y" * 5000)
-    complete = reports.complete(claimed, ONE, outcome, None, 0)
-    assert complete is not None
-    assert len(complete["error"]) == 2000
+    completed = complete(reports, claimed, outcome, None, 0)
+    assert completed is not None
+    assert len(completed["error"]) == 2000

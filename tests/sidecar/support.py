@@ -18,6 +18,7 @@ from typing import Any, Self
 from remotegpu_schemas.attempt import AttemptId, ProcessIdentity, RunNo, RunSpec
 from remotegpu_schemas.task import TaskId
 from remotegpu_sidecar import identity
+from remotegpu_sidecar.launcher import Launcher, Run
 
 DEADLINE_S = 20.0
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -107,6 +108,13 @@ def kill_if_alive(who: ProcessIdentity, number: int = signal.SIGKILL) -> None:
         identity.send_signal(who.pid, who.start_ticks, number)
 
 
+async def launched(launcher: Launcher, spec: RunSpec, *arguments: Any, **named: Any) -> Run:
+    """A launched run, once its task executes or has failed to."""
+    run = await launcher.launch(spec, *arguments, **named)
+    await run.wait_started()
+    return run
+
+
 _AGENT = """
 import asyncio, json, sys
 from pathlib import Path
@@ -124,6 +132,7 @@ async def main():
     place = hang if sys.argv[2] == "hang" else None
     for text, deadline in json.loads(sys.stdin.readline()):
         run = await launcher.launch(RunSpec.model_validate_json(text), deadline, place)
+        await run.wait_started()
         print(run.started.process.pid if run.started else 0, flush=True)
     print("spawner", launcher.spawner_pid, flush=True)
     await asyncio.Event().wait()

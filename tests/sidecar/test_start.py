@@ -16,14 +16,14 @@ from remotegpu_schemas.attempt import EndedBy, RunEnded, RunSpec, TaskUser
 from remotegpu_sidecar.identity import boottime_ns
 from remotegpu_sidecar.launcher import Launcher
 from remotegpu_sidecar.output import read_output
-from tests.sidecar.support import make_spec, python, sh, unique
+from tests.sidecar.support import launched, make_spec, python, sh, unique
 
 NOBODY = TaskUser(name="nobody", uid=65534, gid=65534, groups=(65534,))
 
 
 async def run_to_end(launcher: Launcher, spec: RunSpec) -> tuple[RunEnded, bytes, bytes]:
     """Run a spec; its end and its output."""
-    run = await launcher.launch(spec)
+    run = await launched(launcher, spec)
     record = await run.wait()
     run.close()
     assert record.ended is not None
@@ -172,7 +172,7 @@ async def test_launch_errors_say_what_to_do(launcher: Launcher, tmp_path: Path) 
         ((str(tmp_path / "dangling"),), {}, errno.ENOENT, ("dangling", "link")),
     ]
     for number, (argv, changes, code, words) in enumerate(cases, start=1):
-        run = await launcher.launch(make_spec(*argv, run_no=number, **changes))
+        run = await launched(launcher, make_spec(*argv, run_no=number, **changes))
         assert run.started is None, argv[0]
         record = await run.wait()
         run.close()
@@ -207,7 +207,7 @@ async def test_lease_that_is_over_starts_nothing(launcher: Launcher, tmp_path: P
     """Checked right before the start; a lease inside its grace is as good as over."""
     for number, deadline_ns in enumerate((boottime_ns() - 1, boottime_ns() + 5_000_000_000), start=1):
         spec = make_spec("touch", str(tmp_path / "ran"), run_no=number, lease_grace_s=60)
-        run = await launcher.launch(spec, deadline_ns)
+        run = await launched(launcher, spec, deadline_ns)
         record = await run.wait()
         run.close()
         assert record.started is None
