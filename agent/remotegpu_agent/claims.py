@@ -224,7 +224,11 @@ class Claimer:
             else:
                 for result in results:
                     if result.is_conflict:
-                        log.error("a claimed attempt has the id of another task's", attempt_id=result.attempt_id)
+                        log.error(
+                            "a claimed attempt has the id of another task's and is left alone",
+                            attempt_id=result.attempt_id,
+                            task_ids=[new.task.id for new in attempts if new.attempt_id == result.attempt_id],
+                        )
                 return results
 
     def _refuse(self, db: sqlite3.Connection, claim: RefusedClaim) -> None:

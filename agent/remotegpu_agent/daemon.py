@@ -48,12 +48,13 @@ from remotegpu_queue.store import Store, StoreUnavailable
 from remotegpu_queue.units import ClaimResult
 from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId
+from remotegpu_schemas.errors import Misconfigured
 from remotegpu_schemas.states import Cause
 from remotegpu_schemas.task import OnUnreachable
 from remotegpu_schemas.wire import HeartbeatAnswer, RegisterRequest
 from remotegpu_sidecar import identity
 from remotegpu_sidecar.adoption import directory_name
-from remotegpu_sidecar.launcher import Launcher
+from remotegpu_sidecar.launcher import Launcher, LaunchError
 
 log = structlog.get_logger(__name__)
 
@@ -71,7 +72,12 @@ async def _run(config: Config, environ: Mapping[str, str]) -> int:
     stopping = asyncio.Event()
     _on_signals(stopping)
     async with contextlib.AsyncExitStack() as stack:
-        agent = await Agent.start(config, environ, stack)
+        try:
+            agent = await Agent.start(config, environ, stack)
+        except (OSError, LaunchError) as error:
+            raise Misconfigured(
+                f"the agent cannot start on {config.agent.state_dir}: {error}; move away what is in the way"
+            ) from error
         log.info("ready", url=agent.endpoints.url, socket=str(agent.endpoints.socket or ""), version=VERSION)
         await stopping.wait()
         log.info("stopping; tasks that run go on")
@@ -347,6 +353,7 @@ class Agent:
         for result in results:
             for attempt_id in result.superseded:
                 await self._executor.stop(attempt_id, Cause.SUPERSEDED)
+        self._on_report()  # what was refused or given back
         await self._dispatcher.decide()
         for result in results:
             if result.is_new and result.attempt_id not in self._executor.active:
