@@ -162,7 +162,7 @@ def hasten_starts(db: sqlite3.Connection, now_ns: int) -> None:
 
 
 def is_full(db: sqlite3.Connection, bound: int = limits.OUTBOX_MAX_ROWS) -> bool:
-    """Whether at least `bound` reports wait for delivery; dead letters do not count."""
+    """Whether the outbox holds at least `bound` reports, dead letters among them."""
     return one(db, "is_outbox_full", {"bound": bound - 1}) is not None
 
 

@@ -178,7 +178,8 @@ FROM (SELECT count(*) AS dead FROM outbox INDEXED BY outbox_dead WHERE is_dead =
 UPDATE outbox SET due_boottime_ns = :now_ns WHERE kind = 'start' AND is_dead = 0 AND due_boottime_ns > :now_ns;
 
 -- name: is_outbox_full
-SELECT 1 FROM outbox WHERE is_dead = 0 LIMIT 1 OFFSET :bound;
+-- Over an index: the table itself has the bodies.
+SELECT 1 FROM outbox INDEXED BY outbox_of_attempt LIMIT 1 OFFSET :bound;
 
 -- name: has_reports
 SELECT 1 FROM outbox WHERE attempt_id = :attempt_id AND is_dead = 0 LIMIT 1;
