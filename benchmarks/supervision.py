@@ -55,6 +55,8 @@ def shim_memory_mb(directory: Path) -> float:
 async def _shim_memory_mb(directory: Path) -> float:
     async with _launcher(directory) as launcher:
         runs = [await launcher.launch(_spec(number, "/bin/sleep", "1000")) for number in range(1, SLEEPERS + 1)]
+        for run in runs:
+            await run.wait_started()
         try:
             return sum(_uss_mb(run.shim.pid) for run in runs) / len(runs)
         finally:
@@ -76,6 +78,7 @@ async def _output_mb_per_s(directory: Path, size_mb: int, limit_mb: int) -> tupl
         script = f"echo; read go <{first_gate}; head -c {size_mb}M /dev/zero; read go <{last_gate}"
         spec = _spec(1, "/bin/bash", "-c", script).model_copy(update={"output_limit_bytes": limit_mb * _MIB})
         run = await launcher.launch(spec)
+        await run.wait_started()
         first = run.directory / f"stdout.{0:016d}"
         await asyncio.to_thread(until, first.exists)
         before_mb = _uss_mb(run.shim.pid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,11 +14,13 @@ from remotegpu_agent.clock import Clock
 from remotegpu_agent.control_plane import ControlPlane, Reply
 from remotegpu_agent.dispatch import Dispatcher
 from remotegpu_agent.reports import Reports
-from remotegpu_queue import backoff, leasing, outbox, units
+from remotegpu_queue import backoff, leasing, outbox, units, views
+from remotegpu_queue.scheduling import never_fits
 from remotegpu_queue.store import Store, StoreUnavailable
 from remotegpu_queue.units import ClaimResult, NewAttempt
 from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId
+from remotegpu_schemas.task import TaskId
 from remotegpu_schemas.wire import (
     Claim,
     ClaimRequest,
@@ -63,6 +65,7 @@ class Claimer:
         random: Callable[[], float],
         new_id: Callable[[], str],
         blocked: Callable[[], list[str]],
+        can_release: Callable[[], bool],
         on_claimed: Callable[[Sequence[ClaimResult]], Awaitable[None]],
     ) -> None:
         self._store = store
@@ -74,9 +77,11 @@ class Claimer:
         self._random = random
         self._new_id = new_id
         self._blocked = blocked
+        self._can_release = can_release
         self._on_claimed = on_claimed
         self._changed = asyncio.Event()
         self._failures = 0
+        self._misfit_answers = 0
         self._last_ttl_s = settings.default_ttl_s
 
     def changed(self) -> None:
@@ -156,34 +161,87 @@ class Claimer:
                 log.error("a claimed task cannot be used", reason=item.reason)
         refused = [item for item in items if isinstance(item, RefusedClaim)]
         if claims or refused:
-            results = await self._store_claims(claims, refused, reply, first_sent_ns)
+            claims = [claim for claim in claims if self._is_for_me(claim)]
+            misfits = {claim.attempt_id: reason for claim in claims if (reason := self._misfit(claim)) is not None}
+            results = await self._store_claims(claims, refused, misfits, reply, first_sent_ns)
             await self._on_claimed(results)
-            return 0.0 if any(result.is_new for result in results) else self._settings.poll_interval_s
+            if any(result.is_new and result.attempt_id not in misfits for result in results):
+                self._misfit_answers = 0
+                return 0.0
+            return self._pause_after_nothing(bool(misfits))
         was_held = waited_s > 0 and took_s >= waited_s * _HELD_SHARE
         return 0.0 if was_held else self._settings.poll_interval_s
 
+    def _misfit(self, claim: Claim) -> str | None:
+        return never_fits(claim.task.resources, self._dispatcher.capacity)
+
+    def _pause_after_nothing(self, has_misfits: bool) -> float:
+        """A plane that hands out what this host can never run is asked less and less, or it would give all it has."""
+        if not has_misfits:
+            return self._settings.poll_interval_s
+        self._misfit_answers += 1
+        return max(
+            self._settings.poll_interval_s,
+            backoff.full_jitter(
+                self._misfit_answers, base_s=self._settings.poll_interval_s, cap_s=300.0, fraction=self._random()
+            ),
+        )
+
     async def _store_claims(
-        self, claims: Sequence[Claim], refused: Sequence[RefusedClaim], reply: Reply, first_sent_ns: int
+        self,
+        claims: Sequence[Claim],
+        refused: Sequence[RefusedClaim],
+        misfits: Mapping[AttemptId, str],
+        reply: Reply,
+        first_sent_ns: int,
     ) -> list[ClaimResult]:
-        mine = [claim for claim in claims if self._is_for_me(claim)]
-        attempts = [self._attempt(claim, reply, first_sent_ns) for claim in mine]
-        reports = [(item, self._reports.refused(item, self._clock.wall_ms())) for item in refused]
-        now_ms, boot_id = self._clock.wall_ms(), self._settings.boot_id
+        """Store what was claimed, and reports on what is given back or refused; one commit."""
+        attempts = [self._attempt(claim, reply, first_sent_ns) for claim in claims]
+        can_release = self._can_release()
 
         def unit(db: sqlite3.Connection) -> list[ClaimResult]:
-            for item, body in reports:
-                outbox.add_report(db, item.attempt_id, "complete", body, now_ms, boot_id, item.task_id)
-            return units.add_claims(db, attempts, now_ms)
+            for item in refused:
+                self._refuse(db, item)
+            kept = []
+            for new in attempts:
+                task_id = new.task.task_id
+                if views.is_local_task(db, task_id):
+                    reason = f"a task of this host's own has the id {task_id}"
+                    self._refuse(db, RefusedClaim(task_id, new.attempt_id, reason))
+                elif new.attempt_id in misfits and can_release:
+                    self._give_back(db, task_id, new.attempt_id, misfits[new.attempt_id])
+                else:
+                    kept.append(new)
+            return units.add_claims(db, kept, self._clock.wall_ms())
 
-        for item in refused:
-            log.error("a claimed task is refused", task_id=item.task_id, reason=item.reason)
         while True:
             try:
-                return await self._store.write(unit)
+                results = await self._store.write(unit)
             except StoreUnavailable as error:
                 # The plane has given them to this agent: they are stored late, or their leases end first.
                 log.error("claimed tasks cannot be stored yet", tasks=len(attempts), error=str(error))
                 await asyncio.sleep(_STORE_RETRY_S)
+            else:
+                for result in results:
+                    if result.is_conflict:
+                        log.error(
+                            "a claimed attempt has the id of another task's and is left alone",
+                            attempt_id=result.attempt_id,
+                            task_ids=[new.task.id for new in attempts if new.attempt_id == result.attempt_id],
+                        )
+                return results
+
+    def _refuse(self, db: sqlite3.Connection, claim: RefusedClaim) -> None:
+        log.error("a claimed task is refused", task_id=claim.task_id, reason=claim.reason)
+        now_ms = self._clock.wall_ms()
+        body = self._reports.refused(claim, now_ms)
+        outbox.add_report(db, claim.attempt_id, "complete", body, now_ms, self._settings.boot_id, claim.task_id)
+
+    def _give_back(self, db: sqlite3.Connection, task_id: TaskId, attempt_id: AttemptId, reason: str) -> None:
+        log.warning("a claimed task is given back", task_id=task_id, reason=reason)
+        now_ms = self._clock.wall_ms()
+        body = self._reports.release(attempt_id, reason)
+        outbox.add_report(db, attempt_id, "release", body, now_ms, self._settings.boot_id, task_id)
 
     def _is_for_me(self, claim: Claim) -> bool:
         if claim.machine_id in {None, self._settings.machine_id}:

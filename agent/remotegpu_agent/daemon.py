@@ -23,6 +23,7 @@ from remotegpu_agent.announcer import Announcer
 from remotegpu_agent.api import ApiServer, ApiSettings, Endpoints, LegacyCall, LegacyCaller
 from remotegpu_agent.api.endpoints_file import write_endpoints
 from remotegpu_agent.audit import AuditLog
+from remotegpu_agent.bookkeeping import Books
 from remotegpu_agent.capacity import capacity_of
 from remotegpu_agent.claims import Claimer, ClaimSettings
 from remotegpu_agent.clock import SystemClock
@@ -30,29 +31,30 @@ from remotegpu_agent.config import Config, token_path
 from remotegpu_agent.control_plane import ControlPlane, TlsFiles
 from remotegpu_agent.directory_watch import DirectoryWatcher
 from remotegpu_agent.dispatch import Dispatcher
-from remotegpu_agent.executor import Active, Executor, ExecutorSettings
+from remotegpu_agent.executor import Active, Executor
 from remotegpu_agent.leases import LeaseKeeper, LeaseSettings
 from remotegpu_agent.names import Names, name_agent
 from remotegpu_agent.presence import HostState, Presence, cancelled_attempts
 from remotegpu_agent.progress import ProgressFollower
 from remotegpu_agent.recovery import recover
-from remotegpu_agent.reporter import Reporter
+from remotegpu_agent.reporter import Fate, Reporter
 from remotegpu_agent.reports import Reports
 from remotegpu_agent.runspec import RunSettings, find_user
 from remotegpu_agent.standing import Standing
 from remotegpu_agent.supervise import Loops
-from remotegpu_queue import units, views
+from remotegpu_queue import outbox, units, views
 from remotegpu_queue.outbox import Report
-from remotegpu_queue.store import Store
+from remotegpu_queue.store import Store, StoreUnavailable
 from remotegpu_queue.units import ClaimResult
 from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId
+from remotegpu_schemas.errors import Misconfigured
 from remotegpu_schemas.states import Cause
 from remotegpu_schemas.task import OnUnreachable
 from remotegpu_schemas.wire import HeartbeatAnswer, RegisterRequest
 from remotegpu_sidecar import identity
 from remotegpu_sidecar.adoption import directory_name
-from remotegpu_sidecar.launcher import Launcher
+from remotegpu_sidecar.launcher import Launcher, LaunchError
 from remotegpu_sidecar.placement import Placement, choose
 
 log = structlog.get_logger(__name__)
@@ -71,7 +73,12 @@ async def _run(config: Config, environ: Mapping[str, str]) -> int:
     stopping = asyncio.Event()
     _on_signals(stopping)
     async with contextlib.AsyncExitStack() as stack:
-        agent = await Agent.start(config, environ, stack)
+        try:
+            agent = await Agent.start(config, environ, stack)
+        except (OSError, LaunchError) as error:
+            raise Misconfigured(
+                f"the agent cannot start on {config.agent.state_dir}: {error}; move away what is in the way"
+            ) from error
         log.info("ready", url=agent.endpoints.url, socket=str(agent.endpoints.socket or ""), version=VERSION)
         await stopping.wait()
         log.info("stopping; tasks that run go on")
@@ -105,9 +112,10 @@ class Agent:
         self._standing = Standing(config.control_plane.url)
         inline_limit_bytes = config.results.inline_limit_kb * limits.KIB
         self._reports = Reports(names.agent_id, self._attempts_dir, inline_limit_bytes)
+        self._books = Books(store, self._reports, self._clock, names.boot_id)
         self._executor = self._make_executor()
         self._leases = self._make_leases()
-        self._executor.leases = self._leases
+        self._executor.leases = self._books.leases = self._leases
         self._dispatcher = Dispatcher(
             store, self._executor, self._clock, capacity_of(config.capacity), on_decided=self._on_decided
         )
@@ -153,29 +161,25 @@ class Agent:
     def _make_executor(self) -> Executor:
         config = self._config
         user = find_user(config.tasks.run_as) if config.tasks.run_as is not None else None
-        settings = ExecutorSettings(
-            run=RunSettings(
-                agent_id=self._names.agent_id,
-                machine_id=self._names.machine_id,
-                state_dir=self._state_dir,
-                default_timeout_s=config.tasks.default_timeout,
-                grace_period_s=config.tasks.grace_period,
-                output_limit_bytes=config.output.max_size_mb * limits.MIB,
-                user=user,
-                env=config.tasks.env,
-                api_socket=config.api.socket,
-            ),
-            boot_id=self._names.boot_id,
-            continues_when_unreachable=config.lease.on_unreachable is OnUnreachable.CONTINUE,
+        settings = RunSettings(
+            agent_id=self._names.agent_id,
+            machine_id=self._names.machine_id,
+            state_dir=self._state_dir,
+            default_timeout_s=config.tasks.default_timeout,
+            grace_period_s=config.tasks.grace_period,
+            output_limit_bytes=config.output.max_size_mb * limits.MIB,
+            user=user,
+            env=config.tasks.env,
+            api_socket=config.api.socket,
         )
         return Executor(
-            self._store,
+            self._books,
             self._launcher,
-            self._reports,
             self._clock,
             settings,
             self._loops,
             self._announcer,
+            continues_when_unreachable=config.lease.on_unreachable is OnUnreachable.CONTINUE,
             on_free=self._on_free,
             on_report=self._on_report,
         )
@@ -262,14 +266,14 @@ class Agent:
         )
         self._standing.is_registered = self._presence.registered.is_set
         self._standing.is_outbox_full = lambda: self._dispatcher.is_outbox_full
-        self._executor.can_release = lambda: self._presence is not None and "release" in self._presence.features
+        self._books.can_release = self._can_release
         self._reporter = Reporter(
             self._store,
             self._plane,
             self._clock,
             self._loops,
             random.random,
-            on_delivered=self._on_delivered,
+            on_settled=self._on_settled,
             on_refused=self._executor.stop,
         )
         self._claimer = Claimer(
@@ -290,6 +294,7 @@ class Agent:
             random=random.random,
             new_id=_new_id,
             blocked=self._standing.blocked,
+            can_release=self._can_release,
             on_claimed=self._on_claimed,
         )
 
@@ -299,7 +304,7 @@ class Agent:
         await self._store.write(lambda db: units.rebase(db, self._names.boot_id))
         ended = await self._store.read(views.ended_runs)
         found = await self._launcher.adopt(settled=frozenset(directory_name(*key) for key in ended))
-        recovered = await recover(self._store, self._executor, self._loops, found)
+        recovered = await recover(self._store, self._executor, found)
         log.info("took stock", adopted=recovered.adopted, finished=recovered.finished)
 
     def _start_loops(self) -> None:
@@ -325,6 +330,11 @@ class Agent:
 
     def _on_reconnect(self) -> None:
         self._leases.renew_all_now()
+        self._loops.spawn("hasten", self._hasten_starts)
+
+    async def _hasten_starts(self) -> None:
+        now_ns = self._clock.boottime_ns()
+        await self._store.write(lambda db: outbox.hasten_starts(db, now_ns))
         self._on_report()
 
     def _on_registered(self) -> None:
@@ -332,8 +342,12 @@ class Agent:
         if self._reporter is not None:
             self._reporter.registered()
 
-    def _on_delivered(self, report: Report) -> None:
-        if report.kind == "start":
+    def _can_release(self) -> bool:
+        return self._presence is not None and "release" in self._presence.features
+
+    def _on_settled(self, report: Report, fate: Fate) -> None:
+        # A start that was refused for good is renewed all the same: better asked in vain than not at all.
+        if report.kind == "start" and fate in {Fate.DELIVERED, Fate.DEAD}:
             self._leases.start_accepted(report.attempt_id)
         if self._dispatcher.is_outbox_full:
             self._dispatcher.changed()
@@ -342,6 +356,7 @@ class Agent:
         for result in results:
             for attempt_id in result.superseded:
                 await self._executor.stop(attempt_id, Cause.SUPERSEDED)
+        self._on_report()  # what was refused or given back
         await self._dispatcher.decide()
         for result in results:
             if result.is_new and result.attempt_id not in self._executor.active:
@@ -355,7 +370,10 @@ class Agent:
 
     async def _on_heartbeat(self, answer: HeartbeatAnswer) -> None:
         for attempt_id in cancelled_attempts(answer):
-            await self._executor.stop(attempt_id, Cause.CANCELLED)
+            try:
+                await self._executor.stop(attempt_id, Cause.CANCELLED)
+            except StoreUnavailable as error:
+                log.error("a cancellation cannot be stored; it comes again", attempt_id=attempt_id, error=str(error))
         if answer.wants_drain != self._standing.is_draining:
             self._standing.is_draining = answer.wants_drain
             log.info("draining" if answer.wants_drain else "no longer draining", asked_by="control plane")

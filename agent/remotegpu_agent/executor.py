@@ -1,7 +1,7 @@
-"""One attempt from waiting to reported: writes down each step before it acts, launches, waits, stores the outcome.
+"""One attempt from waiting to reported: launches its runs, takes over those of an earlier agent, waits, stops them.
 
-Owns the runs that are alive (`active`). Decisions are the pure functions of `remotegpu_queue.transitions`; processes
-are the sidecar's.
+Owns the runs that are alive (`active`): whatever goes wrong, one is let go of only when its end is on disk. What is
+written down, and when, is `bookkeeping.py`'s; processes are the sidecar's.
 """
 
 from __future__ import annotations
@@ -9,84 +9,55 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sqlite3
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import structlog
 
 from remotegpu_agent.announcer import Announcer
+from remotegpu_agent.bookkeeping import RETRY_S, Books, StopStored
 from remotegpu_agent.clock import Clock
 from remotegpu_agent.leases import LeaseKeeper
-from remotegpu_agent.progress import Progress, read_progress
-from remotegpu_agent.reports import Reports, usage_of
-from remotegpu_agent.runspec import (
-    RunSettings,
-    build_run_spec,
-    prepare_work_dir,
-    progress_path,
-    refusal,
-)
+from remotegpu_agent.progress import read_progress
+from remotegpu_agent.runspec import RunSettings, build_run_spec, prepare_work_dir, progress_path
 from remotegpu_agent.supervise import Loops
-from remotegpu_queue import units, views
 from remotegpu_queue.rows import Attempt
-from remotegpu_queue.store import LostRace, Store, StoreUnavailable
-from remotegpu_queue.transitions import (
-    AfterRun,
-    IllegalTransition,
-    Missing,
-    Outcome,
-    after_run,
-    outcome_of,
-    outcome_of_missing,
-)
+from remotegpu_queue.rows import Run as StoredRun
+from remotegpu_queue.store import LostRace, StoreUnavailable
+from remotegpu_queue.transitions import IllegalTransition, Missing, Outcome, outcome_of, outcome_of_missing
 from remotegpu_schemas import limits
-from remotegpu_schemas.attempt import AttemptId, EndedBy, Lease, RunEnded, RunNo, RunRecord, RunStarted
+from remotegpu_schemas.attempt import (
+    AttemptId,
+    EndedBy,
+    Lease,
+    ProcessIdentity,
+    RunEnded,
+    RunNo,
+    RunRecord,
+    RunStarted,
+)
 from remotegpu_schemas.errors import Code, Refused
-from remotegpu_schemas.states import CAUSE_RULES, Cause, Retry, wire_exit_code
+from remotegpu_schemas.states import Cause, RunState, wire_exit_code
 from remotegpu_schemas.task import Resources, TaskId
-from remotegpu_schemas.wire import JsonObject
-from remotegpu_sidecar.launcher import Launcher, LaunchError, Run
+from remotegpu_sidecar import identity, remains
+from remotegpu_sidecar.launcher import Adopted, AdoptedState, Launcher, LaunchError, Run
 
 log = structlog.get_logger(__name__)
 
-_STORE_RETRY_S: Final = 1.0
+_AGAIN_AFTER_S: Final = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_NO_DEADLINE_NS: Final = 2**62
+"""A century and a half after boot."""
 
-
-@dataclass(frozen=True)
-class ExecutorSettings:
-    """What the executor needs to know about the host."""
-
-    run: RunSettings
-    boot_id: str
-    continues_when_unreachable: bool = False
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """A run that has been written down, or why there is none."""
-
-    attempt: Attempt
-    refusal: tuple[Cause, str] | None = None
-    run_no: RunNo = RunNo(0)
-
-
-@dataclass(frozen=True)
-class _End:
-    """All that is stored of a run's end."""
-
-    outcome: Outcome
-    after: AfterRun
-    ended_ms: int
-    record: RunRecord | None
-    report: JsonObject | None
+_MISSING: Final = {AdoptedState.NEVER_STARTED: Missing.NEVER_STARTED, AdoptedState.OTHER_BOOT: Missing.REBOOTED}
+"""Every other state without an end on record means that the shim was lost."""
 
 
 @dataclass
 class Active:
-    """A run that is being started, runs, or is being stopped. `run` is None until the shim exists."""
+    """A run that is being started, runs, or is being stopped. `run` is None until its shim was told to go."""
 
     attempt_id: AttemptId
     task_id: TaskId
@@ -95,8 +66,11 @@ class Active:
     run_no: RunNo = RunNo(0)
     run: Run | None = None
     started: RunStarted | None = None
+    known_process: ProcessIdentity | None = None
+    """The main process, as an earlier agent stored it."""
     stop_cause: Cause | None = None
     is_kill: bool = False
+    is_suspended: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     outcome: Outcome | None = None
 
@@ -109,24 +83,24 @@ class Executor:
 
     def __init__(
         self,
-        store: Store,
+        books: Books,
         launcher: Launcher,
-        reports: Reports,
         clock: Clock,
-        settings: ExecutorSettings,
+        settings: RunSettings,
         loops: Loops,
         announcer: Announcer,
         *,
+        continues_when_unreachable: bool,
         on_free: Callable[[], None],
         on_report: Callable[[], None],
     ) -> None:
-        self._store = store
+        self._books = books
         self._launcher = launcher
-        self._reports = reports
         self._clock = clock
         self._settings = settings
         self._loops = loops
         self._announcer = announcer
+        self._continues_when_unreachable = continues_when_unreachable
         self._on_free = on_free
         self._on_report = on_report
         self._on_started: list[Callable[[Active], None]] = []
@@ -134,117 +108,295 @@ class Executor:
         self._starting = asyncio.Semaphore(limits.RUNS_STARTING_MAX)
         self.active: dict[AttemptId, Active] = {}
         self.leases: LeaseKeeper
-        self.can_release: Callable[[], bool] = lambda: False
 
     def watch(self, *, started: Callable[[Active], None], ended: Callable[[Active], None]) -> None:
         """Tell others when a run has started and when it has ended."""
         self._on_started.append(started)
         self._on_ended.append(ended)
 
-    # --- starting ---
+    # --- owning ---
 
     def start(self, attempt_id: AttemptId, task_id: TaskId, resources: Resources) -> None:
         """Start the next run of a waiting attempt in the background; its capacity counts as taken from now on."""
-        if attempt_id in self.active:
-            return
-        active = Active(attempt_id, task_id, resources)
-        self.active[attempt_id] = active
-        self._loops.spawn(f"run-{attempt_id}", lambda: self._own(active, self._execute(active)))
+        if attempt_id not in self.active:
+            active = Active(attempt_id, task_id, resources)
+            self._own(active, lambda: self._execute(active))
 
-    async def _own(self, active: Active, work: asyncio.Future[None] | object) -> None:
+    def adopt(self, attempt: Attempt, run: StoredRun, found: Adopted | None) -> None:
+        """Take over a run that another agent process wrote down: `found` is what its directory says, if it has one.
+
+        It holds its capacity until its end is on disk.
+        """
+        active = Active(attempt.attempt_id, attempt.task_id, attempt.task.resources, attempt, run.run_no)
+        active.run = found.run if found is not None else None
+        active.known_process, active.stop_cause = run.process, run.stop_cause
+        active.is_suspended = run.state is RunState.SUSPENDED
+        self._own(active, lambda: self._take_over(active, found))
+
+    def _own(self, active: Active, work: Callable[[], Awaitable[None]]) -> None:
+        self.active[active.attempt_id] = active
+        self._loops.spawn(f"run-{active.attempt_id}", lambda: self._until_done(active, work))
+
+    async def _until_done(self, active: Active, work: Callable[[], Awaitable[None]]) -> None:
+        """A run that was written down is never let go of before its end is: after a failure it is looked at again."""
+        failures = 0
         try:
-            await work  # type: ignore[misc]  # a coroutine
+            while True:
+                try:
+                    await work()
+                    return
+                except Exception:
+                    self._loops.count_failure("run")
+                    log.exception("a run could not be followed; trying again", attempt_id=active.attempt_id)
+                await asyncio.sleep(_AGAIN_AFTER_S[min(failures, len(_AGAIN_AFTER_S) - 1)])
+                failures += 1
+                if active.attempt is None:
+                    return  # nothing was written down: it still waits
+                work = partial(self._look_again, active)
         finally:
-            if active.run is not None:
-                active.run.close()
-            self.active.pop(active.attempt_id, None)
-            active.ended.set()
-            for tell in self._on_ended:
-                tell(active)
-            self._announcer.announce(active.task_id)
-            self._on_free()
+            self._let_go(active)
+
+    def _let_go(self, active: Active) -> None:
+        if active.run is not None:
+            active.run.close()
+        self.active.pop(active.attempt_id, None)
+        active.ended.set()
+        for tell in self._on_ended:
+            tell(active)
+        self._announcer.announce(active.task_id)
+        self._on_free()
+
+    async def _look_again(self, active: Active) -> None:
+        if active.run is not None:
+            active.run.close()
+            active.run = None
+        await self._take_over(active, await self._launcher.look_again(active.attempt_id, active.run_no))
+
+    # --- starting ---
 
     async def _execute(self, active: Active) -> None:
-        attempt_id = active.attempt_id
         try:
-            begun = await self._store.write(lambda db: self._begin(db, attempt_id))
-            if begun.refusal is not None:
-                await self.end_waiting(begun.attempt, *begun.refusal)
-                return
-        except LostRace as race:
-            log.info("a task is not started", attempt_id=attempt_id, reason=str(race))
+            begun = await self._books.begin(active.attempt_id)
+        except (LostRace, StoreUnavailable) as error:
+            # It keeps its slot for a moment: whoever frees one makes the dispatcher try again at once.
+            log.info("a task is not started", attempt_id=active.attempt_id, reason=str(error))
+            await asyncio.sleep(RETRY_S if isinstance(error, StoreUnavailable) else RETRY_S / 10)
             return
-        except StoreUnavailable as error:
-            # It keeps its slot meanwhile: whoever frees one makes the dispatcher try again at once.
-            log.error("a task cannot be started yet", attempt_id=attempt_id, error=str(error))
-            await asyncio.sleep(_STORE_RETRY_S)
+        if begun.refusal is not None:
+            self._ended_waiting(begun.attempt, begun.refusal[0])
             return
-        attempt = begun.attempt
-        active.attempt, active.run_no = attempt, begun.run_no
-        self.hold_lease(attempt)
-        if active.stop_cause is not None:
-            # It was asked for before there was anything to stop; the cause is stored with the end.
-            never_ran = RunEnded(ended_by=EndedBy.STOP, ended_wall_ns=self._clock.wall_ms() * 1_000_000)
-            await self._finish(active, outcome_of(never_ran, active.stop_cause), None)
-            return
+        active.attempt, active.run_no = begun.attempt, begun.run_no
+        self.hold_lease(begun.attempt)
         try:
             async with self._starting:
-                run = await self._launch(attempt, begun.run_no)
+                active.run = None if active.stop_cause is not None else await self._launch(begun.attempt, begun.run_no)
         except (LaunchError, OSError, ValueError) as error:
             code = wire_exit_code(Cause.LAUNCH_FAILED, None, None)
-            outcome = Outcome(Cause.LAUNCH_FAILED, code, None, f"the task was not started: {error}")
-            await self._finish(active, outcome, None)
+            failed = Outcome(Cause.LAUNCH_FAILED, code, None, f"the task was not started: {error}")
+            await self._finish(active, None, lambda cause: failed if cause is None else _stopped_before(cause))
             return
-        await self._follow(active, run)
-
-    def _begin(self, db: sqlite3.Connection, attempt_id: AttemptId) -> _Begun:
-        """Write the next run down, unless there is a reason not to start it: one look and one commit."""
-        waiting = views.attempt(db, attempt_id)
-        if waiting is None or not waiting.state.is_waiting:
-            raise LostRace(f"attempt {attempt_id} no longer waits")
-        if self._lease_is_over(waiting):
-            return _Begun(waiting, (Cause.LEASE_LOST, "the lease ended before the task could be started"))
-        reason = refusal(waiting.task)
-        if reason is not None:
-            return _Begun(waiting, (Cause.POLICY_REFUSED, reason))
-        attempt, run_no = units.begin_run(db, attempt_id, self._clock.wall_ms())
-        return _Begun(attempt, run_no=run_no)
+        if active.run is None:
+            await self._finish(active, None, lambda cause: _stopped_before(cause or Cause.CANCELLED))
+        else:
+            await self._follow(active, active.run)
 
     async def _launch(self, attempt: Attempt, run_no: RunNo) -> Run:
-        prepare_work_dir(attempt.task, self._settings.run)
+        prepare_work_dir(attempt.task, self._settings)
         lease = self.leases.current(attempt.attempt_id) or attempt.lease
         ttl_s = lease.ttl_s if lease is not None else None
-        spec = build_run_spec(attempt.task, attempt.attempt_id, run_no, self._settings.run, lease_ttl_s=ttl_s)
+        spec = build_run_spec(attempt.task, attempt.attempt_id, run_no, self._settings, lease_ttl_s=ttl_s)
         return await self._launcher.launch(spec, self._fence_ns(lease))
 
     def _fence_ns(self, lease: Lease | None) -> int | None:
         """The deadline that the shim enforces; none for local tasks and where the operator prefers to go on."""
-        if lease is None or self._settings.continues_when_unreachable:
+        if lease is None or self._continues_when_unreachable:
             return None
         return lease.deadline_boottime_ns
 
-    def _lease_is_over(self, attempt: Attempt) -> bool:
-        lease = self.leases.current(attempt.attempt_id) or attempt.lease
-        return lease is not None and lease.deadline_boottime_ns <= self._clock.boottime_ns()
+    # --- following ---
 
-    # --- adopting ---
+    async def _take_over(self, active: Active, found: Adopted | None) -> None:
+        """Go on with a run by what its directory says. Raises while that cannot be told."""
+        if found is not None and found.run is not None:
+            if self._continues_when_unreachable and found.run.deadline_boottime_ns is not None:
+                found.run.extend(_NO_DEADLINE_NS)  # from before the setting was changed
+            if found.run.is_to_be_suspended != active.is_suspended:
+                # What was stored counts, whether or not the other agent came to act on it.
+                _suspend_or_resume(found.run, is_suspended=active.is_suspended)
+            await self._follow(active, found.run)
+            return
+        state, record = (found.state, found.record) if found is not None else (AdoptedState.NEVER_STARTED, None)
+        if found is not None and (found.left_pids or state is AdoptedState.UNREADABLE):
+            await self._clear(active, found)
+        if active.stop_cause is None and record is not None and was_stopped(record) and _is_of_another_boot(record):
+            active.stop_cause = Cause.HOST_SHUTDOWN  # no agent asked for it, nor lived to see it
+        missing = _MISSING.get(state, Missing.SHIM_LOST)
+        await self._finish(active, record, lambda cause: _judged(record, missing, cause))
 
-    def adopt(
-        self, attempt: Attempt, run_no: RunNo, run: Run, stop_cause: Cause | None, *, is_suspended: bool = False
-    ) -> None:
-        """Take over a run that another agent process started; its identity and report are stored if they were not.
+    async def _clear(self, active: Active, found: Adopted) -> None:
+        """See that nothing of a lost run is left. One that lives though its record cannot be read is left alone."""
+        started = found.record.started if found.record is not None else None
+        main = started.process if started is not None else active.known_process
+        key = (active.attempt_id, active.run_no)
+        cgroup = found.record.cgroup if found.record is not None else None
+        groups: dict[remains.RunKey, str] = {key: cgroup} if cgroup is not None else {}
+        if found.state is AdoptedState.UNREADABLE:
+            alive = [stat.pid for stat in (await asyncio.to_thread(remains.find, {key: main}))[key]]
+            if alive or (main is not None and identity.is_alive(main)):
+                raise RuntimeError(f"{found.directory.name} cannot be read ({found.reason}), and {alive} live")
+            return
+        log.error("what is left of a run is being killed", directory=str(found.directory), reason=found.reason)
+        left = await remains.kill({key: main}, limits.REMAINS_PATIENCE_S, groups)
+        if left[key]:
+            raise RuntimeError(f"processes of {found.directory.name} that SIGKILL has not removed: {left[key]}")
+        await remains.remove_groups(groups.values())
 
-        What was stored about its suspension counts, whether or not the other agent came to act on it.
+    async def _follow(self, active: Active, run: Run) -> None:
+        active.run = run
+        if active.stop_cause is not None:
+            self._signal(active)
+        started = await run.wait_started()
+        if started is not None:
+            await self._note_started(active, started)
+        record = await run.wait()
+        if active.stop_cause is None and was_stopped(record) and await self._launcher.is_host_stopping():
+            active.stop_cause = Cause.HOST_SHUTDOWN
+        await self._finish(active, record, lambda cause: _judged(record, Missing.SHIM_LOST, cause))
+
+    async def _note_started(self, active: Active, started: RunStarted) -> None:
+        """Store identity and report. Not waited for: the record has the identity, and units are committed in order."""
+        active.started = started
+        if active.attempt is not None:
+            stored = await self._books.started(active.attempt, active.run_no, started)
+            stored.add_done_callback(lambda done: self._on_started_stored(active, started, done))
+        for tell in self._on_started:
+            tell(active)
+
+    def _on_started_stored(self, active: Active, started: RunStarted, done: asyncio.Future[None]) -> None:
+        if done.cancelled():
+            return
+        error = done.exception()
+        if error is None:
+            self._announcer.announce(active.task_id)
+            self._on_report()
+        elif isinstance(error, StoreUnavailable):
+            self._loops.spawn(f"started-{active.attempt_id}", lambda: self._store_started_again(active, started))
+        else:
+            log.error("the start of a run could not be stored", attempt_id=active.attempt_id, error=str(error))
+
+    async def _store_started_again(self, active: Active, started: RunStarted) -> None:
+        if active.attempt is not None:
+            await asyncio.sleep(RETRY_S)
+            await self._books.started_again(active.attempt, active.run_no, started)
+            self._on_report()
+
+    async def _finish(self, active: Active, record: RunRecord | None, judge: Callable[[Cause | None], Outcome]) -> None:
+        attempt = active.attempt
+        if attempt is None:
+            raise RuntimeError("a run ended before it had begun")
+        progress = read_progress(*self.progress_file(active)) if record is not None else None
+        ended = await self._books.ended(
+            attempt, active.run_no, record, judge, asked=lambda: active.stop_cause, progress=progress
+        )
+        if ended is None:
+            return
+        active.outcome = ended.outcome
+        if ended.after.is_final:
+            self.leases.release(attempt.attempt_id)
+        self._on_report()
+        log.info(
+            "a run has ended",
+            task_id=attempt.task_id,
+            attempt_id=attempt.attempt_id,
+            run_no=active.run_no,
+            cause=ended.outcome.cause,
+            exit_code=ended.outcome.exit_code,
+            follows=ended.after.event,
+        )
+
+    # --- progress ---
+
+    async def store_progress(self, attempt_id: AttemptId, percent: float, message: str) -> None:
+        """Store and report the progress of a run that is alive."""
+        active = self.active.get(attempt_id)
+        if active is not None and active.attempt is not None:
+            await self._books.progress(active.attempt, (percent, message))
+            self._on_report()
+
+    def progress_file(self, active: Active) -> tuple[Path, int]:
+        """Where the task writes its progress, and the uid that it must belong to."""
+        user = self._settings.user
+        return progress_path(self._settings.state_dir, active.task_id), user.uid if user is not None else os.geteuid()
+
+    # --- suspending ---
+
+    async def suspend(self, attempt_id: AttemptId) -> None:
+        """Let a running task stand still: on disk first, then in fact. It keeps what it holds, and its lease.
+
+        Raises Refused: STATE_CONFLICT (it does not run), UNAVAILABLE; StoreUnavailable.
         """
-        active = Active(attempt.attempt_id, attempt.task_id, attempt.task.resources, attempt, run_no)
-        active.run, active.stop_cause = run, stop_cause
-        self.active[attempt.attempt_id] = active
-        if run.is_to_be_suspended != is_suspended:
-            try:
-                _suspend_or_resume(run, is_suspended=is_suspended)
-            except OSError as error:
-                log.error("a run is not as it should be", attempt_id=attempt.attempt_id, error=str(error))
-        self._loops.spawn(f"run-{attempt.attempt_id}", lambda: self._own(active, self._follow(active, run)))
+        await self._change_suspension(attempt_id, is_suspended=True)
+
+    async def resume(self, attempt_id: AttemptId) -> None:
+        """Let a suspended task go on. Raises Refused: STATE_CONFLICT (it is not suspended); StoreUnavailable."""
+        await self._change_suspension(attempt_id, is_suspended=False)
+
+    async def _change_suspension(self, attempt_id: AttemptId, *, is_suspended: bool) -> None:
+        active = self.active.get(attempt_id)
+        if active is None or active.run is None:
+            raise Refused(Code.STATE_CONFLICT, "it has no process")
+        run_no, run = active.run_no, active.run
+        try:
+            await self._books.suspended(attempt_id, run_no, is_suspended=is_suspended)
+        except (LostRace, IllegalTransition) as error:
+            raise Refused(Code.STATE_CONFLICT, str(error)) from None
+        try:
+            _suspend_or_resume(run, is_suspended=is_suspended)
+        except OSError as error:
+            with contextlib.suppress(LostRace, IllegalTransition):  # it has ended meanwhile
+                await self._books.suspended(attempt_id, run_no, is_suspended=not is_suspended)
+            raise Refused(Code.UNAVAILABLE, f"the run's directory cannot be written: {error.strerror}") from error
+        active.is_suspended = is_suspended
+        self._announcer.announce(active.task_id)
+        event = "a run is suspended" if is_suspended else "a run is resumed"
+        log.info(event, task_id=active.task_id, attempt_id=attempt_id, run_no=run_no)
+
+    # --- stopping and leases ---
+
+    async def stop(self, attempt_id: AttemptId, cause: Cause, *, is_kill: bool = False) -> bool:
+        """Stop an attempt: its process with the grace period (or at once), or its waiting. False if it has ended.
+
+        The reason is on disk before any signal is sent (unless the store does not answer: then it is stored with the
+        end); the first reason counts. Safe to repeat. Raises StoreUnavailable for an attempt that has no process.
+        """
+        try:
+            stored, counts = await self._books.stop(attempt_id, cause)
+        except StoreUnavailable as error:
+            active = self.active.get(attempt_id)
+            if active is None or active.run is None:
+                raise
+            log.error("a stop cannot be stored yet", attempt_id=attempt_id, cause=cause, error=str(error))
+            stored = StopStored.REQUESTED
+            counts = cause if cause is Cause.SUPERSEDED else active.stop_cause or cause
+        active = self.active.get(attempt_id)
+        if stored is StopStored.ENDED_NOW:
+            self.leases.release(attempt_id)
+            self._on_free()
+            self._on_report()
+            log.info("a waiting task has ended", attempt_id=attempt_id, cause=counts)
+        elif stored is StopStored.REQUESTED and active is not None:
+            active.stop_cause = counts
+            active.is_kill = active.is_kill or is_kill
+            self._signal(active)
+        return stored is not StopStored.HAD_ENDED
+
+    def _signal(self, active: Active) -> None:
+        if active.run is None:
+            return
+        if active.is_kill:
+            active.run.kill()
+        else:
+            active.run.stop()
 
     def hold_lease(self, attempt: Attempt) -> None:
         """Keep an open attempt's lease, with or without a process; the later one of store and shim counts."""
@@ -255,243 +407,6 @@ class Executor:
             attempt = replace(attempt, lease=lease)
         self.leases.hold(attempt)
 
-    async def settle(
-        self, attempt: Attempt, run_no: RunNo, stop_cause: Cause | None, record: RunRecord | None, missing: str
-    ) -> None:
-        """Finish a run that ended while no agent was there. `missing` says why when the record has no end."""
-        active = Active(attempt.attempt_id, attempt.task_id, attempt.task.resources, attempt, run_no)
-        active.stop_cause = stop_cause
-        if record is not None and record.started is not None:
-            await self._store.enqueue(self._started_unit(active, record.started))
-        await self._finish(active, self._outcome(active, record, missing), record)
-        self._announcer.announce(attempt.task_id)
-
-    # --- following ---
-
-    async def _follow(self, active: Active, run: Run) -> None:
-        active.run = run
-        if run.started is not None:
-            await self._note_started(active, run.started)
-        if active.stop_cause is not None:
-            self._signal(active)
-        record = await run.wait()
-        if active.started is None and record.started is not None:
-            await self._note_started(active, record.started)
-        if active.stop_cause is None and was_stopped(record) and await self._launcher.is_host_stopping():
-            active.stop_cause = Cause.HOST_SHUTDOWN
-        await self._finish(active, self._outcome(active, record, Missing.SHIM_LOST), record)
-
-    async def _note_started(self, active: Active, started: RunStarted) -> None:
-        """Store identity and report. Not waited for: the record has the identity, and units are committed in order."""
-        active.started = started
-        unit = self._started_unit(active, started)
-        stored = await self._store.enqueue(unit)
-        stored.add_done_callback(lambda done: self._on_started_stored(active, unit, done))
-        for tell in self._on_started:
-            tell(active)
-
-    def _on_started_stored(self, active: Active, unit: Callable[..., None], done: asyncio.Future[None]) -> None:
-        if done.cancelled():
-            return
-        error = done.exception()
-        if error is None:
-            self._announcer.announce(active.task_id)
-            self._on_report()
-        elif isinstance(error, StoreUnavailable):
-            self._loops.spawn(f"started-{active.attempt_id}", lambda: self._store_again(unit))
-        else:
-            log.error("the start of a run could not be stored", attempt_id=active.attempt_id, error=str(error))
-
-    async def _store_again(self, unit: Callable[..., None]) -> None:
-        while True:
-            await asyncio.sleep(_STORE_RETRY_S)
-            try:
-                await self._store.write(unit)
-            except StoreUnavailable:
-                continue
-            self._on_report()
-            return
-
-    def _started_unit(self, active: Active, started: RunStarted) -> Callable[..., None]:
-        attempt_id, run_no = active.attempt_id, active.run_no
-        report = self._reports.start(active.attempt, run_no, started) if active.attempt is not None else None
-        started_ms = started.started_wall_ns // 1_000_000
-        return lambda db: units.run_started(db, attempt_id, run_no, started.process, started_ms, report)
-
-    def _outcome(self, active: Active, record: RunRecord | None, missing: str) -> Outcome:
-        if record is None or record.ended is None:
-            return outcome_of_missing(missing, active.stop_cause)
-        return outcome_of(record.ended, active.stop_cause, record.spec.timeout_s)
-
-    async def _finish(self, active: Active, outcome: Outcome, record: RunRecord | None) -> None:
-        attempt, run_no = active.attempt, active.run_no
-        if attempt is None:
-            raise RuntimeError("a run ended before it had begun")
-        active.outcome = outcome
-        after = after_run(
-            outcome,
-            attempt.task.retry,
-            retries_used=attempt.retries_used,
-            free_retries_used=attempt.free_retries_used,
-            may_run=not self._lease_is_over(attempt) and not _is_to_end(active),
-        )
-        ended_ms = record.ended.ended_wall_ns // 1_000_000 if record and record.ended else self._clock.wall_ms()
-        is_final = after.event.value in {"complete", "fail", "cancel"}
-        report = self._reports.complete(attempt, run_no, outcome, record, ended_ms) if is_final else None
-        await self._store_end(active, _End(outcome, after, ended_ms, record, report))
-        if is_final:
-            self.leases.release(attempt.attempt_id)
-        elif _is_to_end(active):
-            # It was asked for while the end was on its way to disk.
-            await self._end_anyway(active)
-        log.info(
-            "a run has ended",
-            task_id=attempt.task_id,
-            attempt_id=attempt.attempt_id,
-            run_no=run_no,
-            cause=outcome.cause,
-            exit_code=outcome.exit_code,
-            follows=after.event,
-        )
-
-    async def _end_anyway(self, active: Active) -> None:
-        attempt = await self._store.read(lambda db: views.attempt(db, active.attempt_id))
-        if attempt is not None and active.stop_cause is not None:
-            await self.end_waiting(attempt, active.stop_cause, "it was to be stopped when its last run ended by itself")
-
-    async def _store_end(self, active: Active, end: _End) -> None:
-        """Store a run's end, once the store can be written. The last progress comes before it, in the same commit."""
-        progress = self._last_progress(active) if end.record is not None else None
-        while True:
-            try:
-                await self._store.write(lambda db: self._end_unit(db, active, end, progress))
-            except (LostRace, IllegalTransition) as race:
-                log.error("a run's end was stored before", attempt_id=active.attempt_id, reason=str(race))
-                return
-            except StoreUnavailable as error:
-                # The record on disk keeps the result; it is stored as soon as there is room again.
-                log.error("a result cannot be stored yet", attempt_id=active.attempt_id, error=str(error))
-                await asyncio.sleep(_STORE_RETRY_S)
-            else:
-                if end.report is not None:
-                    self._on_report()
-                return
-
-    def _end_unit(self, db: sqlite3.Connection, active: Active, end: _End, progress: Progress | None) -> None:
-        after, ended = end.after, end.record.ended if end.record is not None else None
-        if progress is not None:
-            units.set_progress(db, active.attempt_id, *progress, end.ended_ms, self._progress_report(active, progress))
-        units.run_ended(
-            db,
-            active.attempt_id,
-            active.run_no,
-            end.outcome,
-            after,
-            ended_at_ms=end.ended_ms,
-            ready_boottime_ns=self._clock.boottime_ns() + round(after.delay_s * 1e9) if after.delay_s else 0,
-            boot_id=self._settings.boot_id,
-            usage=usage_of(ended.usage) if ended is not None else None,
-            report=end.report,
-            drop_reports=not CAUSE_RULES[end.outcome.cause].is_reported,
-        )
-
-    # --- progress ---
-
-    async def store_progress(self, attempt_id: AttemptId, percent: float, message: str) -> None:
-        """Store and report the progress of a run that is alive."""
-        active = self.active.get(attempt_id)
-        if active is None:
-            return
-        now_ms, report = self._clock.wall_ms(), self._progress_report(active, (percent, message))
-        await self._store.write(lambda db: units.set_progress(db, attempt_id, percent, message, now_ms, report))
-        self._on_report()
-
-    def progress_file(self, active: Active) -> tuple[Path, int]:
-        """Where the task writes its progress, and the uid that it must belong to."""
-        run = self._settings.run
-        return progress_path(run.state_dir, active.task_id), run.user.uid if run.user is not None else os.geteuid()
-
-    def _last_progress(self, active: Active) -> Progress | None:
-        return read_progress(*self.progress_file(active))
-
-    def _progress_report(self, active: Active, progress: Progress) -> tuple[JsonObject, str] | None:
-        report = self._reports.progress(active.attempt, *progress) if active.attempt is not None else None
-        return (report, self._settings.boot_id) if report is not None else None
-
-    # --- suspending ---
-
-    async def suspend(self, attempt_id: AttemptId) -> None:
-        """Let a running task stand still: on disk first, then in fact. It keeps what it holds, and its lease.
-
-        Raises Refused: STATE_CONFLICT (it does not run), UNAVAILABLE; StoreUnavailable.
-        """
-        await self._change_suspension(attempt_id, units.suspend_run, is_suspended=True)
-
-    async def resume(self, attempt_id: AttemptId) -> None:
-        """Let a suspended task go on. Raises Refused: STATE_CONFLICT (it is not suspended); StoreUnavailable."""
-        await self._change_suspension(attempt_id, units.resume_run, is_suspended=False)
-
-    async def _change_suspension(
-        self, attempt_id: AttemptId, unit: Callable[[sqlite3.Connection, AttemptId, RunNo], None], *, is_suspended: bool
-    ) -> None:
-        active = self.active.get(attempt_id)
-        if active is None or active.run is None:
-            raise Refused(Code.STATE_CONFLICT, "it has no process")
-        run_no, run = active.run_no, active.run
-        try:
-            await self._store.write(lambda db: unit(db, attempt_id, run_no))
-        except (LostRace, IllegalTransition) as error:
-            raise Refused(Code.STATE_CONFLICT, str(error)) from None
-        try:
-            _suspend_or_resume(run, is_suspended=is_suspended)
-        except OSError as error:
-            undo = units.resume_run if is_suspended else units.suspend_run
-            with contextlib.suppress(LostRace, IllegalTransition):  # it has ended meanwhile
-                await self._store.write(lambda db: undo(db, attempt_id, run_no))
-            raise Refused(Code.UNAVAILABLE, f"the run's directory cannot be written: {error.strerror}") from error
-        self._announcer.announce(active.task_id)
-        word = "suspended" if is_suspended else "resumed"
-        log.info(f"a run is {word}", task_id=active.task_id, attempt_id=attempt_id, run_no=run_no)
-
-    # --- stopping ---
-
-    async def stop(self, attempt_id: AttemptId, cause: Cause, *, is_kill: bool = False) -> bool:
-        """Stop an attempt: its process with the grace period (or at once), or its waiting. False if it has ended.
-
-        The reason is on disk before any signal is sent (unless the disk is full: then it is stored with the end); the
-        first reason counts. Safe to repeat. Raises StoreUnavailable for an attempt that waits.
-        """
-        active = self.active.get(attempt_id)
-        if active is None:
-            return await self._stop_waiting(attempt_id, cause)
-        if active.run_no:
-            try:
-                cause = await self._store.write(lambda db: units.request_stop(db, attempt_id, active.run_no, cause))
-            except LostRace:  # the run has ended just now; the task may be about to be repeated
-                return await self._stop_waiting(attempt_id, cause)
-            except StoreUnavailable as error:
-                log.error("a stop cannot be stored yet", attempt_id=attempt_id, cause=cause, error=str(error))
-                if cause is not Cause.SUPERSEDED:
-                    cause = active.stop_cause or cause
-        active.stop_cause = cause
-        active.is_kill = active.is_kill or is_kill
-        self._signal(active)
-        return True
-
-    async def _stop_waiting(self, attempt_id: AttemptId, cause: Cause) -> bool:
-        attempt = await self._store.read(lambda db: views.attempt(db, attempt_id))
-        if attempt is None or attempt.state.is_final:
-            return False
-        return await self.end_waiting(attempt, cause, _WAITING_SENTENCES.get(cause, f"ended: {cause}"))
-
-    def _signal(self, active: Active) -> None:
-        if active.run is None:
-            return
-        if active.is_kill:
-            active.run.kill()
-        else:
-            active.run.stop()
-
     def extend(self, attempt_id: AttemptId, lease: Lease) -> None:
         """Move the shim's deadline to the renewed lease's."""
         active = self.active.get(attempt_id)
@@ -499,26 +414,10 @@ class Executor:
         if active is not None and active.run is not None and fence_ns is not None:
             active.run.extend(fence_ns)
 
-    async def end_waiting(self, attempt: Attempt, cause: Cause, sentence: str) -> bool:
-        """End an attempt that has no process. False if it has one now, or has ended."""
-        now_ms = self._clock.wall_ms()
-        outcome = Outcome(cause, wire_exit_code(cause, None, None), None, sentence)
-        report = self._reports.never_ran(attempt, outcome, now_ms, can_release=self.can_release())
-        to_send = (*report, self._settings.boot_id) if report is not None else None
-        try:
-            await self._store.write(
-                lambda db: units.end_waiting(
-                    db, attempt.attempt_id, cause, sentence, outcome.exit_code, now_ms, to_send
-                )
-            )
-        except (LostRace, IllegalTransition):
-            return False
+    def _ended_waiting(self, attempt: Attempt, cause: Cause) -> None:
         self.leases.release(attempt.attempt_id)
-        self._announcer.announce(attempt.task_id)
-        self._on_free()
         self._on_report()
         log.info("a waiting task has ended", task_id=attempt.task_id, attempt_id=attempt.attempt_id, cause=cause)
-        return True
 
 
 def _suspend_or_resume(run: Run, *, is_suspended: bool) -> None:
@@ -533,13 +432,16 @@ def was_stopped(record: RunRecord) -> bool:
     return record.ended is not None and record.ended.ended_by is EndedBy.STOP
 
 
-def _is_to_end(active: Active) -> bool:
-    """Whether somebody has asked for a stop that no further run may follow."""
-    return active.stop_cause is not None and CAUSE_RULES[active.stop_cause].retry is Retry.NEVER
+def _is_of_another_boot(record: RunRecord) -> bool:
+    return record.started is not None and record.started.shim.boot_id != identity.boot_id()
 
 
-_WAITING_SENTENCES: Final = {
-    Cause.CANCELLED: "cancelled on request before it ran",
-    Cause.SUPERSEDED: "another attempt has this task now",
-    Cause.LEASE_LOST: "the lease ended before the task could be started",
-}
+def _judged(record: RunRecord | None, missing: str, stop_cause: Cause | None) -> Outcome:
+    if record is None or record.ended is None:
+        return outcome_of_missing(missing, stop_cause)
+    return outcome_of(record.ended, stop_cause, record.spec.timeout_s)
+
+
+def _stopped_before(cause: Cause) -> Outcome:
+    """It was asked for before there was anything to stop."""
+    return outcome_of(RunEnded(ended_by=EndedBy.STOP, ended_wall_ns=0), cause)

@@ -46,6 +46,8 @@ class LeaseSettings:
 class _Held:
     task_id: TaskId
     lease: Lease
+    term_s: float
+    """What each renewal asks for: the first term, however much less a plane gives."""
     renew_interval_s: float
     is_start_accepted: bool
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -85,11 +87,12 @@ class LeaseKeeper:
         held = _Held(
             attempt.task_id,
             attempt.lease,
+            attempt.lease.ttl_s,
             attempt.renew_interval_s or self._settings.renew_interval_s,
             attempt.is_start_accepted,
         )
         self._held[attempt.attempt_id] = held
-        self._loops.spawn(f"lease-{attempt.attempt_id}", lambda: self._keep(attempt.attempt_id, held))
+        self._loops.spawn(f"lease-{attempt.attempt_id}", lambda: self._keep_surely(attempt.attempt_id, held))
 
     def release(self, attempt_id: AttemptId) -> None:
         """Stop renewing: the attempt has ended."""
@@ -114,6 +117,17 @@ class LeaseKeeper:
         """The lease as last renewed."""
         held = self._held.get(attempt_id)
         return held.lease if held is not None else None
+
+    async def _keep_surely(self, attempt_id: AttemptId, held: _Held) -> None:
+        """A mistake of this program must not end a lease that could have been kept."""
+        while not held.is_released:
+            try:
+                await self._keep(attempt_id, held)
+                return
+            except Exception:
+                self._loops.count_failure("lease")
+                log.exception("a lease could not be kept; trying again", attempt_id=attempt_id)
+            await asyncio.sleep(_STORE_RETRY_S)
 
     async def _keep(self, attempt_id: AttemptId, held: _Held) -> None:
         failures = 0
@@ -164,7 +178,7 @@ class LeaseKeeper:
         """None when the lease was moved, or need not be any more; else the answer, after what it asks for was done."""
         if self.plane is None:
             return None
-        extend_s = math.ceil(held.lease.ttl_s)
+        extend_s = math.ceil(held.term_s)
         request = RenewRequest(agent_id=self._settings.agent_id, attempt_id=attempt_id, extend_sec=extend_s)
         timeout_s = max(1.0, held.lease.ttl_s / 4)
         reply = await self.plane.renew(held.task_id, request, timeout_s=timeout_s)
@@ -190,24 +204,31 @@ class LeaseKeeper:
             log.warning("the control plane renewed a lease into the past", attempt_id=attempt_id)
             return False
         lease = leasing.lease(ttl_s, reply.sent_boottime_ns, self._settings.margin_s, self._settings.boot_id)
-        # A plane's rounding must not shrink the term that later renewals ask for.
-        lease = replace_ttl(lease, max(ttl_s, extend_s))
         try:
             self._extend(attempt_id, lease)
         except OSError as error:
             log.error("the deadline of a run could not be moved", attempt_id=attempt_id, error=str(error))
             return False
         held.lease = lease
-        try:
-            await self._store.write(
-                lambda db: units.extend_lease(db, attempt_id, lease.ttl_s, lease.deadline_boottime_ns)
-            )
-            if renewal.is_cancel_requested:
+        await self._store_extension(attempt_id, lease)
+        if renewal.is_cancel_requested:
+            try:
                 await self._stop(attempt_id, Cause.CANCELLED)
-        except StoreUnavailable as error:
-            # The run's own deadline has moved, and counts after a restart too; a cancellation comes again.
-            log.error("a renewed lease cannot be stored", attempt_id=attempt_id, error=str(error))
+            except StoreUnavailable as error:
+                log.error("a cancellation cannot be stored; it comes again", attempt_id=attempt_id, error=str(error))
         return True
+
+    async def _store_extension(self, attempt_id: AttemptId, lease: Lease) -> None:
+        """Not waited for: the run's own deadline has moved, and counts after a restart too."""
+
+        def note(done: asyncio.Future[bool]) -> None:
+            if not done.cancelled() and done.exception() is not None:
+                log.error("a renewed lease cannot be stored", attempt_id=attempt_id, error=str(done.exception()))
+
+        stored = await self._store.enqueue(
+            lambda db: units.extend_lease(db, attempt_id, lease.ttl_s, lease.deadline_boottime_ns)
+        )
+        stored.add_done_callback(note)
 
     async def _lost(self, attempt_id: AttemptId, held: _Held, cause: Cause, reply: Reply) -> None:
         log.warning("an attempt is no longer ours", attempt_id=attempt_id, cause=cause, answer=reply.answer.message)
@@ -224,8 +245,3 @@ class LeaseKeeper:
             except StoreUnavailable as error:
                 log.error("an attempt cannot be ended yet", attempt_id=attempt_id, cause=cause, error=str(error))
                 await asyncio.sleep(_STORE_RETRY_S)
-
-
-def replace_ttl(lease: Lease, ttl_s: float) -> Lease:
-    """The lease with another term and the same deadline."""
-    return lease.model_copy(update={"ttl_s": ttl_s})

@@ -73,9 +73,16 @@ class Presence:
         """Register until it works, then beat for ever; registers again when the plane asks for the hardware."""
         while True:
             await self._register()
+            beats = 0
             while await self._beat():
-                pause_s = self._interval_s * (0.9 + 0.2 * self._random())
-                await self._pause(max(pause_s, self._asked_pause_s))
+                beats += 1
+                await self._pause(self._next_beat_s())
+            if not beats:
+                # Registering has not helped; a plane that always asks for it is not asked faster than heartbeats go.
+                await self._pause(self._next_beat_s())
+
+    def _next_beat_s(self) -> float:
+        return max(self._interval_s * (0.9 + 0.2 * self._random()), self._asked_pause_s)
 
     async def _register(self) -> None:
         self.registered.clear()

@@ -6,6 +6,7 @@ Never signals a process that this agent did not start, nor one that was given th
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from remotegpu_agent.executor import Active, Executor
 from remotegpu_queue import views
@@ -24,7 +25,7 @@ async def stop_process(
     Raises Refused: PROCESS_NOT_MANAGED, PROCESS_GONE.
     """
     pid = request.process_id
-    active = _run_of(executor, pid)
+    active = await _run_of(executor, pid)
     if active is None:
         raise await _refusal(store, boot_id, pid)
     await executor.stop(active.attempt_id, Cause.STOPPED, is_kill=request.signal is StopSignal.SIGKILL)
@@ -36,11 +37,21 @@ async def stop_process(
     return _answer(active, pid, is_gone=True)
 
 
-def _run_of(executor: Executor, pid: int) -> Active | None:
-    for active in executor.active.values():
+async def _run_of(executor: Executor, pid: int) -> Active | None:
+    alive = list(executor.active.values())
+    for active in alive:
         if active.started is not None and active.started.process.pid == pid:
             return active
-    return next((active for active in executor.active.values() if active.run and active.run.contains(pid)), None)
+    return await asyncio.to_thread(_run_above, alive, pid)
+
+
+def _run_above(alive: Sequence[Active], pid: int) -> Active | None:
+    """The run that a process descends from; /proc may be deep: not on the loop."""
+    for active in alive:
+        run = active.run
+        if run is not None and run.contains(pid):
+            return active
+    return None
 
 
 async def _refusal(store: Store, boot_id: str, pid: int) -> Refused:

@@ -7,6 +7,7 @@ file of the task's user, and only its tail.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import stat
@@ -46,22 +47,24 @@ def parse_progress(tail: bytes) -> Progress | None:
 
 
 def read_progress(path: Path, owner_uid: int) -> Progress | None:
-    """The progress in the file, or None where there is nothing to read: absent, a link, a device, somebody else's."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or info.st_uid != owner_uid:
+    """The progress in the file, or None where there is nothing to read: absent, a link, a device, somebody else's.
+
+    The last directory and the file are the task's: neither is followed if it is a link, into a file system that never
+    answers, say.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            stack.callback(os.close, folder)
+            fd = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+            stack.callback(os.close, fd)
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode) or info.st_uid != owner_uid:
+                return None
+            bound = limits.PROGRESS_TAIL_MAX_BYTES
+            return parse_progress(os.pread(fd, bound, max(0, info.st_size - bound)))
+        except OSError:
             return None
-        return parse_progress(
-            os.pread(fd, limits.PROGRESS_TAIL_MAX_BYTES, max(0, info.st_size - limits.PROGRESS_TAIL_MAX_BYTES))
-        )
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
 
 
 class ProgressFollower:

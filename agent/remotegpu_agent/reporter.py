@@ -51,6 +51,7 @@ class Decision:
 _SLOW: Final = Decision(Fate.AGAIN, base_s=5.0, cap_s=300.0)
 _GROWING: Final = Decision(Fate.AGAIN, base_s=1.0, cap_s=300.0)
 """A hiccup is over soon as a rule, and deployed planes renew only what has an accepted start."""
+_GIVE_UP_TRIES_MIN: Final = 100
 _OPTIONAL_KINDS: Final = frozenset({"progress", "release"})
 _STORE_RETRY_S: Final = 1.0
 
@@ -91,7 +92,7 @@ class Reporter:
         loops: Loops,
         random: Callable[[], float],
         *,
-        on_delivered: Callable[[Report], None],
+        on_settled: Callable[[Report, Fate], None],
         on_refused: Callable[[AttemptId, Cause], Awaitable[object]],
     ) -> None:
         self._store = store
@@ -99,11 +100,12 @@ class Reporter:
         self._clock = clock
         self._loops = loops
         self._random = random
-        self._on_delivered = on_delivered
+        self._on_settled = on_settled
         self._on_refused = on_refused
         self._changed = asyncio.Event()
         self._in_flight: set[AttemptId] = set()
         self._missing_routes: set[str] = set()
+        self._failures = 0
 
     def changed(self) -> None:
         """A report was added, or contact is back."""
@@ -149,15 +151,26 @@ class Reporter:
         except StoreUnavailable as error:
             # It is sent again, since nothing says that it was answered; not as fast as the plane answers.
             log.error("what became of a report cannot be stored yet", attempt_id=report.attempt_id, error=str(error))
-            await asyncio.sleep(_STORE_RETRY_S)
+            await self._pause_after_failure()
+        except Exception:
+            await self._pause_after_failure()
+            raise
+        else:
+            self._failures = 0
         finally:
             self._in_flight.discard(report.attempt_id)
             self._changed.set()
 
+    async def _pause_after_failure(self) -> None:
+        self._failures += 1
+        pause_s = backoff.full_jitter(self._failures, base_s=_STORE_RETRY_S, cap_s=60.0, fraction=self._random())
+        await asyncio.sleep(pause_s)
+
     async def _settle(self, report: Report, answer: Answer) -> None:
         now_ms = self._clock.wall_ms()
         age_s = max(0.0, (now_ms - (report.first_try_at_ms or now_ms)) / 1000)
-        decision = decide(report.kind, answer.verdict, age_s)
+        # Not by the clock on the wall alone, which may jump by a day.
+        decision = decide(report.kind, answer.verdict, age_s if report.tries >= _GIVE_UP_TRIES_MIN else 0.0)
         if decision.fate is not Fate.DELIVERED:
             log.warning(
                 "a report was not accepted",
@@ -174,8 +187,7 @@ class Reporter:
         if decision.stop is not None:
             await self._on_refused(report.attempt_id, decision.stop)
         await self._store_fate(report, answer, decision, now_ms)
-        if decision.fate is Fate.DELIVERED:
-            self._on_delivered(report)
+        self._on_settled(report, decision.fate)
 
     async def _store_fate(self, report: Report, answer: Answer, decision: Decision, now_ms: int) -> None:
         match decision.fate:

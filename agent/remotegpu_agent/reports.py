@@ -37,6 +37,16 @@ _ERROR_MAX_CHARS: Final = limits.WIRE_MESSAGE_MAX_CHARS
 
 
 @dataclass(frozen=True)
+class Outputs:
+    """What a completion says of a run's output and of what it used."""
+
+    stdout: str = ""
+    stderr: str = ""
+    was_truncated: bool = False
+    usage: JsonObject | None = None
+
+
+@dataclass(frozen=True)
 class Reports:
     """Makes reports in the name of one agent. Output longer than the limit keeps its head and its tail."""
 
@@ -60,22 +70,28 @@ class Reports:
             agent_id=self.agent_id, attempt_id=attempt.attempt_id, percent=percent, message=message
         ).body()
 
-    def complete(
-        self, attempt: Attempt, run_no: RunNo, outcome: Outcome, record: RunRecord | None, ended_ms: int
-    ) -> JsonObject | None:
-        """POST /tasks/{id}/complete, after its last run."""
-        if attempt.origin == "local" or not CAUSE_RULES[outcome.cause].is_reported:
-            return None
+    def read_outputs(self, attempt: Attempt, run_no: RunNo, record: RunRecord | None) -> Outputs:
+        """The run's output as it goes inline; nothing for a local task."""
+        if attempt.origin == "local":
+            return Outputs()
         ended = record.ended if record is not None else None
         directory = self.attempts_dir / directory_name(attempt.attempt_id, run_no)
         stdout, stdout_cut = self._inline(directory, "stdout", ended.stdout_bytes if ended else None)
         stderr, stderr_cut = self._inline(directory, "stderr", ended.stderr_bytes if ended else None)
+        return Outputs(stdout, stderr, stdout_cut or stderr_cut, usage_of(ended.usage) if ended else None)
+
+    def complete(
+        self, attempt: Attempt, run_no: RunNo, outcome: Outcome, outputs: Outputs, ended_ms: int
+    ) -> JsonObject | None:
+        """POST /tasks/{id}/complete, after its last run."""
+        if attempt.origin == "local" or not CAUSE_RULES[outcome.cause].is_reported:
+            return None
         return CompleteReport(
             agent_id=self.agent_id,
             attempt_id=attempt.attempt_id,
             exit_code=outcome.exit_code,
-            stdout=stdout,
-            stderr=stderr,
+            stdout=outputs.stdout,
+            stderr=outputs.stderr,
             error=clean_text(outcome.error)[:_ERROR_MAX_CHARS],
             status=CAUSE_RULES[outcome.cause].final_state,
             cause=outcome.cause,
@@ -83,8 +99,8 @@ class Reports:
             started_at=format_time(attempt.started_at_ms / 1000) if attempt.started_at_ms is not None else None,
             ended_at=format_time(ended_ms / 1000),
             runs=run_no,
-            truncated=stdout_cut or stderr_cut,
-            usage=usage_of(ended.usage) if ended else None,
+            truncated=outputs.was_truncated,
+            usage=outputs.usage,
         ).body()
 
     def never_ran(
@@ -97,9 +113,12 @@ class Reports:
         if attempt.origin == "local" or not CAUSE_RULES[outcome.cause].is_reported:
             return None
         if outcome.cause is Cause.LEASE_LOST and attempt.run_no == 0:
-            release = ReleaseReport(agent_id=self.agent_id, attempt_id=attempt.attempt_id, reason=outcome.error)
-            return ("release", release.body()) if can_release else None
+            return ("release", self.release(attempt.attempt_id, outcome.error)) if can_release else None
         return "complete", self._without_output(attempt.attempt_id, outcome, now_ms, runs=attempt.run_no)
+
+    def release(self, attempt_id: AttemptId, reason: str) -> JsonObject:
+        """POST /tasks/{id}/release: a claimed task goes back unstarted."""
+        return ReleaseReport(agent_id=self.agent_id, attempt_id=attempt_id, reason=clean_text(reason)).body()
 
     def refused(self, claim: RefusedClaim, now_ms: int) -> JsonObject:
         """For a claimed task that this agent can never run, of which nothing is stored."""

@@ -6,6 +6,7 @@ run by its interpreter from a file in the task's own directory.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 from collections.abc import Mapping
@@ -183,13 +184,15 @@ def prepare_work_dir(task: Task, settings: RunSettings) -> None:
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
     except FileNotFoundError:  # the first task of this state directory
-        directory.parent.mkdir(mode=0o711, exist_ok=True)
+        directory.parent.mkdir(exist_ok=True)
+        directory.parent.chmod(0o711)  # whatever the umask: the tasks' users have to pass through
         directory.mkdir(mode=0o700, exist_ok=True)
     user = settings.user
     # Once the directory is the task's, nothing in it is touched any more; given away last, so that a crash is mended.
     if user is None or directory.stat().st_uid in {os.geteuid(), 0}:
         for name in ("artifacts", "checkpoints", MESSAGES_DIR):
-            (directory / name).mkdir(mode=0o700, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # whatever it is by now, nobody looks behind it
+                os.mkdir(directory / name, 0o700)
             _give(directory / name, user)
         _give(directory, user)
     if task.script is not None:

@@ -38,18 +38,23 @@ class Loops:
         await self._logged(name, job)
 
     async def _supervised(self, name: str, loop: Callable[[], Awaitable[None]]) -> None:
+        failures = 0
         while not await self._logged(name, loop):
-            failures = self.failures[name]
-            await asyncio.sleep(_RESTART_DELAYS_S[min(failures, len(_RESTART_DELAYS_S)) - 1])
+            await asyncio.sleep(_RESTART_DELAYS_S[min(failures, len(_RESTART_DELAYS_S) - 1)])
+            failures += 1
 
     async def _logged(self, name: str, job: Callable[[], Awaitable[None]]) -> bool:
         try:
             await job()
         except Exception:
-            self.failures[name] = self.failures.get(name, 0) + 1
-            log.exception("a part of the agent failed", part=name, failures=self.failures[name])
+            self.count_failure(name.partition("-")[0])
+            log.exception("a part of the agent failed", part=name)
             return False
         return True
+
+    def count_failure(self, part: str) -> None:
+        """Count a failure of a kind of part: `run`, `lease`, `claims`."""
+        self.failures[part] = self.failures.get(part, 0) + 1
 
     async def close(self) -> None:
         """Cancel everything and wait for it, and for what was begun meanwhile."""

@@ -156,8 +156,13 @@ def drop_reports(db: sqlite3.Connection, attempt_id: AttemptId) -> None:
     db.execute(SQL["drop_reports"], {"attempt_id": attempt_id})
 
 
+def hasten_starts(db: sqlite3.Connection, now_ns: int) -> None:
+    """Start reports that were put off are due now: some planes renew a lease only after an accepted start."""
+    db.execute(SQL["hasten_starts"], {"now_ns": now_ns})
+
+
 def is_full(db: sqlite3.Connection, bound: int = limits.OUTBOX_MAX_ROWS) -> bool:
-    """Whether at least `bound` reports wait for delivery; dead letters do not count."""
+    """Whether the outbox holds at least `bound` reports, dead letters among them."""
     return one(db, "is_outbox_full", {"bound": bound - 1}) is not None
 
 

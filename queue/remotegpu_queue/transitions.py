@@ -176,6 +176,11 @@ class AfterRun:
     free_retries_used: int
     delay_s: float = 0.0
 
+    @property
+    def is_final(self) -> bool:
+        """The task has no further run."""
+        return self.event in _FINAL_EVENTS.values()
+
 
 def after_run(
     outcome: Outcome, policy: RetryPolicy, *, retries_used: int, free_retries_used: int, may_run: bool = True

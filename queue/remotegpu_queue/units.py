@@ -98,6 +98,8 @@ class ClaimResult:
     attempt_id: AttemptId
     is_new: bool
     superseded: tuple[AttemptId, ...] = ()
+    is_conflict: bool = False
+    """Its id is that of an attempt of another task: it was not stored."""
 
 
 def add_claims(db: sqlite3.Connection, claims: Sequence[NewAttempt], now_ms: int) -> list[ClaimResult]:
@@ -109,12 +111,15 @@ def add_claims(db: sqlite3.Connection, claims: Sequence[NewAttempt], now_ms: int
 
 
 def _add_claim(db: sqlite3.Connection, claim: NewAttempt, now_ms: int) -> ClaimResult:
-    if one(db, "is_known_attempt", {"attempt_id": claim.attempt_id}) is not None:
-        return ClaimResult(claim.attempt_id, is_new=False)
+    known = one(db, "attempt_state", {"attempt_id": claim.attempt_id})
+    if known is not None:
+        return ClaimResult(claim.attempt_id, is_new=False, is_conflict=known["task_id"] != claim.task.id)
     superseded = []
     for row in db.execute(SQL["open_attempts_of_task"], {"task_id": claim.task.id}).fetchall():
         old = AttemptId(row["attempt_id"])
         if row["state"] in _LIVE:
+            # In the same commit: a plane may never say again that the older one is over.
+            request_stop(db, old, RunNo(row["run_no"]), Cause.SUPERSEDED)
             superseded.append(old)
         else:
             end_waiting(db, old, Cause.SUPERSEDED, _SUPERSEDED.error, _SUPERSEDED.exit_code, now_ms, None)
@@ -186,6 +191,12 @@ def run_started(
     )
     if report is not None:
         add_report(db, attempt_id, "start", report, started_at_ms, process.boot_id)
+
+
+def stop_cause(db: sqlite3.Connection, attempt_id: AttemptId, run_no: RunNo) -> Cause | None:
+    """What a run was asked to be stopped for, if it was."""
+    row = one(db, "run_state", {"attempt_id": attempt_id, "run_no": run_no})
+    return Cause(row["stop_cause"]) if row is not None and row["stop_cause"] is not None else None
 
 
 def request_stop(db: sqlite3.Connection, attempt_id: AttemptId, run_no: RunNo, cause: Cause) -> Cause:

@@ -68,6 +68,11 @@ def attempt(db: sqlite3.Connection, attempt_id: AttemptId) -> Attempt | None:
     return attempt_of(row) if row is not None else None
 
 
+def is_local_task(db: sqlite3.Connection, task_id: TaskId) -> bool:
+    """Whether a task with this id was submitted here; its directory and its runs have that name."""
+    return one(db, "has_local_attempt", {"task_id": task_id}) is not None
+
+
 def open_attempts(db: sqlite3.Connection) -> list[Attempt]:
     """Leased attempts that have not ended, and whatever has a process."""
     return [attempt_of(row) for row in db.execute(SQL["open_attempts"])]

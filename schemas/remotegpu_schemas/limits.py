@@ -81,6 +81,8 @@ TASK_PROCESSES_MAX = 16_384
 4,194,304), while a training with data loaders on 256 processors, a few threads each, stays below it."""
 RUNS_STARTING_MAX = 8
 """Launches under way at once: each is a handshake of milliseconds, and more of them only wait for the same cores."""
+REMAINS_PATIENCE_S = 10.0
+"""So long SIGKILL may take before the run is looked at again: one that hangs in the kernel must not hang the agent."""
 REPORT_GIVE_UP_S = 86400.0
 
 # A run that ends through no fault of its task is repeated at no cost, but not for ever: a task that kills its own

@@ -90,7 +90,7 @@ def stat_of(pid: int) -> Stat | None:
         return None
     try:
         return Stat(pid, os.read(fd, 4096))
-    except (OSError, ValueError, IndexError):  # it ended meanwhile
+    except (ProcessLookupError, ValueError, IndexError):  # it ended meanwhile
         return None
     finally:
         os.close(fd)
@@ -105,8 +105,14 @@ def identify(pid: int, boot: str | None = None) -> Identity:
 
 
 def is_alive(identity: ProcessId) -> bool:
-    """Whether exactly this process runs. A zombie is dead, and so is every process of another boot."""
-    return identity.boot_id == boot_id() and has_started_at(identity.pid, identity.start_ticks)
+    """Whether exactly this process runs. A zombie is dead, and so is every process of another boot.
+
+    Raises OSError when that cannot be found out: who is not proven dead must not be taken for it.
+    """
+    if identity.boot_id != boot_id():
+        return False
+    stat = stat_of(identity.pid)
+    return stat is not None and stat.start_ticks == identity.start_ticks and not stat.is_dead
 
 
 def has_started_at(pid: int, start_ticks: int) -> bool:

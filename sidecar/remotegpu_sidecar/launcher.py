@@ -21,11 +21,11 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from remotegpu_schemas.attempt import ProcessIdentity, RunSpec, RunStarted
+from remotegpu_schemas.attempt import ProcessIdentity, RunSpec
 from remotegpu_sidecar import identity, record, remains, shim
 from remotegpu_sidecar.adoption import Adopted, AdoptedState, Found, directory_name, inspect, survey
 from remotegpu_sidecar.placement import Placement, ProcessGroupPlacement
-from remotegpu_sidecar.runs import Run, write_deadline
+from remotegpu_sidecar.runs import Run, read_deadline, write_deadline
 from remotegpu_sidecar.spawning import LaunchError, Spawner
 
 __all__ = ["Adopted", "AdoptedState", "LaunchError", "Launcher", "Place", "Run"]
@@ -77,24 +77,33 @@ class Launcher:
         return self._spawner.pid if self._spawner else None
 
     async def launch(self, spec: RunSpec, deadline_boottime_ns: int | None = None, place: Place | None = None) -> Run:
-        """Start a run and return once its task executes, or has failed to: then `wait` gives EndedBy.LAUNCH at once.
+        """Tell a new shim to start the task, and return the run: `wait_started` says when the task executes.
 
-        Raises LaunchError when nothing of it ever ran. A run directory is used once: repeat with another run number.
-        If the caller is cancelled after the start, the run goes on and is there for `adopt`. `place` is for tests, in
-        place of the placement's.
+        Raises LaunchError when nothing of it ever ran or will. A run directory is used once: repeat with another run
+        number. If the caller is cancelled after the start, the run goes on and is there for `adopt`. `place` is for
+        tests, in place of the placement's.
         """
         directory = self._make_directory(spec, deadline_boottime_ns)
         channel, hello = await self._obtain_shim(directory)
-        with contextlib.closing(channel):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(channel))
             try:
                 pidfd = identity.open_pidfd(hello)
             except OSError as error:
                 raise LaunchError(f"the shim of {directory.name} was lost: {error}", error.errno) from error
+            # Whatever can fail comes before the go: nothing that runs may be taken for not started.
             with _closed_on_error(pidfd):
-                put = place or partial(self._placement.place, spec)
-                cgroup = await _put(put, hello, directory)
-                started = await _say_go(channel, directory, cgroup)
-                return Run(directory, spec, started, hello, pidfd)
+                run = Run(
+                    directory, spec, None, hello, pidfd, deadline_boottime_ns=deadline_boottime_ns, channel=channel
+                )
+            try:
+                cgroup = await _put(place or partial(self._placement.place, spec), hello, directory)
+                _say_go(channel, directory, cgroup)
+            except BaseException:
+                run.close()
+                raise
+            stack.pop_all()
+            return run
 
     async def is_host_stopping(self) -> bool:
         """Whether the host is being shut down, as far as the placement can know."""
@@ -132,6 +141,20 @@ class Launcher:
         by_name = {self._placement.group_of(each.directory.name) for each in over}
         return {group for group in by_record | by_name if group is not None}
 
+    async def look_again(self, attempt_id: str, run_no: int) -> Adopted | None:
+        """One run's directory, as `adopt` looks at it; None if there is none."""
+        directory = self._attempts_dir / directory_name(attempt_id, run_no)
+        if not directory.exists():
+            return None
+        adopted = self._take_over(await asyncio.to_thread(inspect, directory))
+        if adopted.state is AdoptedState.LOST and adopted.record is not None:
+            key: remains.RunKey = (attempt_id, run_no)
+            main = adopted.record.started.process if adopted.record.started else None
+            groups = {key: adopted.record.cgroup} if adopted.record.cgroup is not None else {}
+            adopted = _with_left(adopted, await remains.kill({key: main}, LOST_KILL_TIMEOUT_S, groups))
+        await remains.remove_groups(self._groups_left_by([adopted]))
+        return adopted
+
     def _take_over(self, found: Found) -> Adopted:
         run: Run | None = None
         if found.state is AdoptedState.RUNNING and found.record is not None and found.shim is not None:
@@ -139,7 +162,15 @@ class Launcher:
                 pidfd = identity.open_pidfd(found.shim)
             except ProcessLookupError:  # it has ended since the look at it
                 return self._take_over(inspect(found.directory))
-            run = Run(found.directory, found.record.spec, found.record.started, found.shim, pidfd)
+            with _closed_on_error(pidfd):
+                run = Run(
+                    found.directory,
+                    found.record.spec,
+                    found.record.started,
+                    found.shim,
+                    pidfd,
+                    deadline_boottime_ns=read_deadline(found.directory),
+                )
         return Adopted(found.directory, found.state, found.attempt_id, found.run_no, found.record, run, found.reason)
 
     # --- the launch, step by step ---
@@ -259,18 +290,11 @@ async def _put(place: Place, hello: ProcessIdentity, directory: Path) -> str | N
         ) from error
 
 
-async def _say_go(channel: socket.socket, directory: Path, cgroup: str | None) -> RunStarted | None:
-    """Let the task start; None if it has not, for a reason on record, or if the shim was lost: `wait` tells."""
+def _say_go(channel: socket.socket, directory: Path, cgroup: str | None) -> None:
     try:
         channel.send(json.dumps({"go": {"cgroup": cgroup} if cgroup is not None else {}}).encode())
     except OSError as error:
         raise LaunchError(f"the shim of run {directory.name} was lost: {error}", error.errno) from error
-    message = await _receive(channel)
-    if message is None or "ended" in message:
-        return None
-    if "started" in message:
-        return RunStarted.model_validate(message["started"])
-    raise _launch_error(message, directory)
 
 
 def _launch_error(message: dict[str, object], directory: Path) -> LaunchError:

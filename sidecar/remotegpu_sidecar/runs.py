@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 import os
 import signal
+import socket
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Final
 
 from pydantic import ValidationError
 
@@ -18,6 +22,8 @@ from remotegpu_schemas.attempt import ProcessIdentity, RunEnded, RunRecord, RunS
 from remotegpu_sidecar import identity, record, remains, shim, tree
 
 _DEADLINE_BYTES = 8
+_LOOK_AGAIN_S: Final = 0.25
+_READ_AGAIN_S: Final = 1.0
 
 
 def read_deadline(directory: Path) -> int | None:
@@ -42,18 +48,27 @@ def write_deadline(directory: Path, deadline_boottime_ns: int) -> None:
 class Run:
     """A run whose shim lived when this was made; made by `Launcher`, closed by whoever got it.
 
-    `started` is None if the task never started, and for an adopted run that is about to start.
+    `started` is None until `wait_started` has returned it. A launched run brings the `channel` that its shim tells on.
     """
 
     def __init__(
-        self, directory: Path, spec: RunSpec, started: RunStarted | None, shim_identity: ProcessIdentity, pidfd: int
+        self,
+        directory: Path,
+        spec: RunSpec,
+        started: RunStarted | None,
+        shim_identity: ProcessIdentity,
+        pidfd: int,
+        *,
+        deadline_boottime_ns: int | None,
+        channel: socket.socket | None = None,
     ) -> None:
         self.directory = directory
         self.spec = spec
         self.started = started
         self.shim = shim_identity
         self._pidfd = pidfd
-        self._deadline_ns = read_deadline(directory)
+        self._deadline_ns = deadline_boottime_ns
+        self._channel = channel
         self._record: RunRecord | None = None
         self._has_ended = asyncio.Event()
         self._concluding = asyncio.Lock()
@@ -64,6 +79,42 @@ class Run:
     def deadline_boottime_ns(self) -> int | None:
         """The deadline as this agent last read or set it; None without a lease."""
         return self._deadline_ns
+
+    async def wait_started(self) -> RunStarted | None:
+        """Wait until the task executes; None if it never does: `wait` says why. One caller at a time.
+
+        That may take as long as the file system of its program or its directory takes.
+        """
+        while self.started is None and not self._has_ended.is_set():
+            if self._channel is not None:
+                channel, self._channel = self._channel, None
+                with contextlib.closing(channel):
+                    self.started = _started_in(await self._until_end(_message(channel)))
+            else:
+                # Of a run that was taken over nobody tells: its record does.
+                self.started = self._started_on_record()
+                if self.started is None:
+                    await self._until_end(asyncio.sleep(_LOOK_AGAIN_S, b""))
+        return self.started
+
+    async def _until_end(self, work: Coroutine[None, None, bytes]) -> bytes:
+        """What the work gives; nothing if the run ends first."""
+        working = asyncio.ensure_future(work)
+        ending = asyncio.ensure_future(self._has_ended.wait())
+        try:
+            await asyncio.wait((working, ending), return_when=asyncio.FIRST_COMPLETED)
+            return working.result() if working.done() else b""
+        finally:
+            working.cancel()
+            ending.cancel()
+            await asyncio.gather(working, ending, return_exceptions=True)
+
+    def _started_on_record(self) -> RunStarted | None:
+        try:
+            lines, _complaints = record.read(self.directory / record.FILE_NAME)
+            return RunStarted.model_validate(lines["started"]) if "started" in lines else None
+        except (OSError, ValidationError):
+            return None
 
     async def wait(self) -> RunRecord:
         """Wait until the run is over and return its record. No `ended`: the shim was lost, and its tree is gone by now.
@@ -128,6 +179,9 @@ class Run:
             os.close(self._pidfd)
             self._pidfd = -1
             self._has_ended.set()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
 
     def _on_end(self) -> None:
         self._loop.remove_reader(self._pidfd)
@@ -139,16 +193,14 @@ class Run:
                 signal.pidfd_send_signal(self._pidfd, number)
 
     async def _conclude(self) -> RunRecord:
-        # A few kilobytes from the page cache: cheaper here than a thread's hand-over.
-        ended, cgroup = None, None
+        lines, ended = await self._lines(), None
+        cgroup = record.cgroup_of(lines)
         try:
-            lines, _complaints = record.read(self.directory / record.FILE_NAME)
-            cgroup = record.cgroup_of(lines)
             if "started" in lines:
                 self.started = RunStarted.model_validate(lines["started"])
             if "ended" in lines:
                 ended = RunEnded.model_validate(lines["ended"])
-        except (OSError, ValidationError):  # removed or damaged under us: what counts is that nothing is left
+        except ValidationError:  # damaged under us: what counts is that nothing is left
             pass
         key = (self.spec.attempt_id, self.spec.run_no)
         groups: dict[remains.RunKey, str] = {key: cgroup} if cgroup is not None else {}
@@ -157,3 +209,30 @@ class Run:
             await remains.kill({key: main}, math.inf, groups)
         await remains.remove_groups(groups.values())
         return RunRecord(spec=self.spec, started=self.started, ended=ended, cgroup=cgroup)
+
+    async def _lines(self) -> dict[str, dict[str, object]]:
+        """The record. While it cannot be read for want of descriptors or memory the end is there, and waits."""
+        while True:
+            try:
+                # A few kilobytes from the page cache: cheaper here than a thread's hand-over.
+                return record.read(self.directory / record.FILE_NAME)[0]
+            except (FileNotFoundError, NotADirectoryError):
+                return {}
+            except OSError:
+                await asyncio.sleep(_READ_AGAIN_S)
+
+
+async def _message(channel: socket.socket) -> bytes:
+    """The shim's next message; nothing when it has closed its end, or is gone."""
+    try:
+        return await asyncio.get_running_loop().sock_recv(channel, shim.MESSAGE_MAX_BYTES)
+    except ConnectionError:
+        return b""
+
+
+def _started_in(message: bytes) -> RunStarted | None:
+    try:
+        value = json.loads(message) if message else {}
+        return RunStarted.model_validate(value["started"]) if "started" in value else None
+    except (ValueError, TypeError):
+        return None

@@ -1,4 +1,4 @@
-"""The agent's parts put together as `daemon.py` does it, on a directory of a test, with a clock that a test can move."""
+"""The agent's parts put together as `daemon.py` does it, in a directory of a test, with a clock that it can move."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import aiohttp
 
 from control_plane import Plane, Settings, serve
 from remotegpu_agent.announcer import Announcer
+from remotegpu_agent.bookkeeping import Books
 from remotegpu_agent.control_plane import ControlPlane
 from remotegpu_agent.dispatch import Dispatcher
-from remotegpu_agent.executor import Executor, ExecutorSettings
+from remotegpu_agent.executor import Executor
 from remotegpu_agent.leases import LeaseKeeper, LeaseSettings
 from remotegpu_agent.reports import Reports
 from remotegpu_agent.runspec import RunSettings
@@ -29,7 +30,9 @@ from remotegpu_queue.scheduling import Capacity
 from remotegpu_queue.store import Store, ThreadExecutor, migrate, thread_executor
 from remotegpu_queue.units import NewAttempt
 from remotegpu_schemas.attempt import AttemptId, Lease
+from remotegpu_schemas.states import Cause
 from remotegpu_schemas.task import Task, TaskId
+from remotegpu_schemas.wire import Claim, ClaimRequest, RegisterRequest, Verdict, parse_claims
 from remotegpu_sidecar import identity
 from remotegpu_sidecar.launcher import Launcher
 from tests.control_plane.support import ADMIN_TOKEN, MACHINE, Operator
@@ -93,9 +96,10 @@ async def open_store(directory: Path) -> AsyncGenerator[OpenStore]:
 
 @dataclass
 class Told:
-    """Who was told what, in order; `wait` returns once it is so many."""
+    """Who was told what, in order; `wait` returns once it is so many. An awaited call raises what `refusals` holds."""
 
     calls: list[Any] = field(default_factory=list)
+    refusals: list[Exception] = field(default_factory=list)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __call__(self, *arguments: Any) -> None:
@@ -105,6 +109,8 @@ class Told:
 
     async def told(self, *arguments: Any) -> bool:
         """Be told, by an awaited call."""
+        if self.refusals:
+            raise self.refusals.pop(0)
         self(*arguments)
         return True
 
@@ -146,15 +152,21 @@ class Host:
         return found
 
     async def add(self, task_id: str, *, origin: Origin = "local", ttl_s: float | None = None, **task: Any) -> Attempt:
-        """A waiting attempt whose id is the task's."""
-        await add_attempt(self.store, self.clock, task_id, origin=origin, ttl_s=ttl_s, **task)
-        return await self.attempt(task_id)
+        """A waiting attempt."""
+        return await self.attempt(
+            await add_attempt(self.store, self.clock, task_id, origin=origin, ttl_s=ttl_s, **task)
+        )
 
     async def run_to_end(self, attempt: Attempt) -> Attempt:
         """Start an attempt and wait for the end of its run."""
         self.executor.start(attempt.attempt_id, attempt.task_id, attempt.task.resources)
         await self.has_ended(attempt.attempt_id)
         return await self.attempt(attempt.attempt_id)
+
+    async def has_settled(self) -> None:
+        """Wait until nothing is started, runs, or waits for its end to be stored."""
+        for attempt_id in list(self.executor.active):
+            await self.has_ended(attempt_id)
 
     async def has_ended(self, attempt_id: AttemptId) -> None:
         """Wait until no process of the attempt is left."""
@@ -171,7 +183,7 @@ async def host(directory: Path, *, slots: int = 2, continues: bool = False, **le
     attempts_dir = directory / "attempts"
     launcher, reports = Launcher(attempts_dir), Reports(AGENT, attempts_dir, 4096)
     async with open_store(directory) as opened:
-        settings = ExecutorSettings(run_settings(directory), BOOT, continues_when_unreachable=continues)
+        books = Books(opened.store, reports, clock, BOOT)
         dispatcher: Dispatcher | None = None
 
         def on_free() -> None:
@@ -179,18 +191,18 @@ async def host(directory: Path, *, slots: int = 2, continues: bool = False, **le
                 dispatcher.changed()
 
         executor = Executor(
-            opened.store,
+            books,
             launcher,
-            reports,
             clock,
-            settings,
+            run_settings(directory),
             loops,
             announcer,
+            continues_when_unreachable=continues,
             on_free=on_free,
             on_report=lambda: reported("report"),
         )
         executor.watch(started=lambda _: None, ended=ended)
-        executor.leases = LeaseKeeper(
+        executor.leases = books.leases = LeaseKeeper(
             opened.store,
             clock,
             lease_settings(continues=continues, **lease),
@@ -223,8 +235,7 @@ async def host(directory: Path, *, slots: int = 2, continues: bool = False, **le
         finally:
             await opened.take_writes()
             for active in list(executor.active.values()):
-                if active.run is not None:
-                    active.run.kill()
+                await executor.stop(active.attempt_id, Cause.CANCELLED, is_kill=True)
                 await parts.has_ended(active.attempt_id)
             await loops.close()
             await launcher.stop()
@@ -247,7 +258,7 @@ def run_settings(state_dir: Path, **changes: Any) -> RunSettings:
 
 def lease_settings(*, continues: bool = False, **changes: float) -> LeaseSettings:
     """Leases of 300 s with a margin of 1 s."""
-    values = {"ttl_s": 300.0, "renew_interval_s": 60.0, "margin_s": 1.0, **changes}
+    values: dict[str, float] = {"ttl_s": 300.0, "renew_interval_s": 60.0, "margin_s": 1.0, **changes}
     return LeaseSettings(agent_id=AGENT, boot_id=BOOT, continues_when_unreachable=continues, **values)
 
 
@@ -267,9 +278,8 @@ async def add_attempt(
     lease: Lease | None = None
     if ttl_s is not None:
         origin, lease = "control_plane", leasing.lease(ttl_s, clock.boottime_ns(), 1.0, BOOT)
-    new = NewAttempt(
-        Task(id=task_id, **{"command": "true"} | task), named, origin, BOOT, lease, renew_interval_s=renew_interval_s
-    )
+    values: dict[str, Any] = {"command": "true", **task}
+    new = NewAttempt(Task(id=task_id, **values), named, origin, BOOT, lease, renew_interval_s=renew_interval_s)
 
     def unit(db: sqlite3.Connection) -> None:
         if origin == "local":
@@ -296,6 +306,26 @@ class Contact:
     plane: Plane
     operator: Operator
     client: ControlPlane
+
+    async def register(self) -> None:
+        """Make the agent known."""
+        request = RegisterRequest(
+            agent_id=AGENT,
+            machine_id=MACHINE,
+            version="0",
+            hostname="gpu-7",
+            ip_address="192.0.2.7",
+            agent_port=0,
+            max_workers=2,
+        )
+        assert (await self.client.register(request)).verdict is Verdict.OK
+
+    async def claim_one(self) -> Claim:
+        """The one task that the plane has."""
+        request = ClaimRequest(agent_id=AGENT, machine_id=MACHINE, limit=1, request_id="by-hand")
+        [claim] = parse_claims((await self.client.claim(request)).answer.data)
+        assert isinstance(claim, Claim)
+        return claim
 
 
 @contextlib.asynccontextmanager

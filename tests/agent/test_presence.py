@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from control_plane.faults import DropAfter, DropBefore, Respond, hiccup
-from remotegpu_agent import presence as module
 from remotegpu_agent.presence import HostState, Presence, cancelled_attempts
 from remotegpu_agent.supervise import Loops
 from remotegpu_schemas.wire import HeartbeatAnswer, JsonObject, RegisterRequest
@@ -99,7 +98,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         taken.append(delay)
         await sleep(0)
 
-    monkeypatch.setattr(module.asyncio, "sleep", note)
+    monkeypatch.setattr(asyncio, "sleep", note)
     return taken
 
 
@@ -158,7 +157,7 @@ async def test_other_failures_of_a_heartbeat_only_delay_the_next(tmp_path: Path,
 @pytest.mark.parametrize("answer", [hiccup(404), answered(needs_collect=True)])
 async def test_a_plane_that_always_asks_for_a_register_is_not_hammered(tmp_path: Path, answer: Respond) -> None:
     """Whatever it answers, calls come at the pace of heartbeats."""
-    async with running(tmp_path, interval_s=60.0, *[("heartbeat", answer)] * 50) as watched:
+    async with running(tmp_path, *[("heartbeat", answer)] * 50, interval_s=60.0) as watched:
         await watched.registered.wait(1)
         with contextlib.suppress(TimeoutError):
             await watched.contact.plane.faults.wait_calls("register", 4, 0.3)

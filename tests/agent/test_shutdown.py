@@ -72,5 +72,6 @@ async def test_f21_stop_that_no_agent_saw(tmp_path: Path, boot_id: str, cause: C
             ended=RunEnded(ended_by=EndedBy.STOP, signal=15, ended_wall_ns=2_000_000),
         )
         found = Adopted(tmp_path, AdoptedState.ENDED, attempt.attempt_id, run_no, record)
-        await recover(parts.store, parts.executor, parts.loops, [found])
+        await recover(parts.store, parts.executor, [found])
+        await parts.has_ended(attempt.attempt_id)
         assert await cause_of(parts, attempt.attempt_id) is cause

@@ -6,7 +6,6 @@ import asyncio
 
 import pytest
 
-from remotegpu_agent import supervise
 from remotegpu_agent.supervise import Loops
 from tests.waiting import DEADLINE_S
 
@@ -21,7 +20,7 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         taken.append(delay)
         await sleep(0)
 
-    monkeypatch.setattr(supervise.asyncio, "sleep", note)
+    monkeypatch.setattr(asyncio, "sleep", note)
     return taken
 
 

@@ -102,6 +102,12 @@ class AgentProcess:
         """SIGTERM; the exit code."""
         return await self._end(signal.SIGTERM)
 
+    async def wait_exit(self) -> int:
+        """The exit code of a process that ends by itself."""
+        assert self._process is not None
+        async with asyncio.timeout(DEADLINE_S):
+            return await self._process.wait()
+
     async def _end(self, number: signal.Signals) -> int:
         assert self._process is not None
         if self._process.returncode is None:

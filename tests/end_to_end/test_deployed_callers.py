@@ -1,4 +1,4 @@
-"""What deployed control planes call on the host: `/system/info` and `/process/stop`, without a token, over plain TCP."""
+"""What deployed control planes call on a host: `/system/info` and `/process/stop`, over TCP and without a token."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ async def stop(host: AgentProcess, process_id: object, **more: Any) -> tuple[int
 async def running_tree(host: AgentProcess, directory: Path, *, prepare: str = "", **task: Any) -> tuple[str, list[int]]:
     """A task that runs, with a child and a grandchild in a session of its own; its pids, the main one first."""
     pids = directory / "pids"
-    script = f"{prepare}\n(setsid sh -c 'echo $$ >>{pids}; exec sleep 600' &) ; echo $$ >>{pids}; sleep 600 & wait; wait"
+    script = (
+        f"{prepare}\n(setsid sh -c 'echo $$ >>{pids}; exec sleep 600' &) ; echo $$ >>{pids}; sleep 600 & wait; wait"
+    )
     task_id = await host.submit(script=script, **task)
     main = (await host.wait_running(task_id))["process_id"]
     await until_so(lambda: pids.exists() and len(pids.read_text().split()) == 2)
@@ -178,9 +180,7 @@ async def test_a_deployed_caller_may_do_nothing_else(host: AgentProcess) -> None
         assert (status, body["code"]) == (401, Code.UNAUTHORIZED), path
 
 
-async def test_nobody_without_a_token_unless_they_are_listed(
-    tmp_path: Path, stranger: subprocess.Popen[bytes]
-) -> None:
+async def test_nobody_without_a_token_unless_they_are_listed(tmp_path: Path, stranger: subprocess.Popen[bytes]) -> None:
     """`legacy_callers` is empty by default: both calls are refused with 401 and 30016, and nothing is signalled."""
     async with agent(tmp_path, api={"listen": "127.0.0.1:0"}) as host:
         gate = Gate(tmp_path / "gate")

@@ -94,8 +94,8 @@ async def test_a_cancellation_reaches_the_process(tmp_path: Path, way: str) -> N
     """The plane's wish comes with the answer of a renewal or of a heartbeat, and the whole task ends as cancelled."""
     settings = {"control_plane": {"heartbeat_interval": 0.2 if way == "heartbeat" else 60}}
     async with fleet(tmp_path, settings) as all_of_it:
-        task = {"command": "sleep 60", "renew_interval_sec": 0.2 if way == "renew" else 60}
-        [task_id] = await all_of_it.submit(task)
+        renew_interval_s = 0.2 if way == "renew" else 60
+        [task_id] = await all_of_it.submit({"command": "sleep 60", "renew_interval_sec": renew_interval_s})
         await all_of_it.plane.faults.wait_calls("start", 1, DEADLINE_S)
         await all_of_it.operator.call("POST", f"/tasks/{task_id}/cancel")
         [task] = await all_of_it.ended([task_id])

@@ -20,6 +20,7 @@ import pytest
 from remotegpu_schemas.attempt import AttemptId, PlacementKind, ProcessIdentity, RunNo, RunSpec
 from remotegpu_schemas.task import TaskId
 from remotegpu_sidecar import cgroups, grouping, identity
+from remotegpu_sidecar.launcher import Launcher, Run
 
 DEADLINE_S = 20.0
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -124,6 +125,13 @@ def kill_if_alive(who: ProcessIdentity, number: int = signal.SIGKILL) -> None:
         identity.send_signal(who.pid, who.start_ticks, number)
 
 
+async def launched(launcher: Launcher, spec: RunSpec, *arguments: Any, **named: Any) -> Run:
+    """A launched run, once its task executes or has failed to."""
+    run = await launcher.launch(spec, *arguments, **named)
+    await run.wait_started()
+    return run
+
+
 _AGENT = """
 import asyncio, json, sys
 from pathlib import Path
@@ -146,6 +154,7 @@ async def main():
     for text, deadline in json.loads(sys.stdin.readline()):
         spec = RunSpec.model_validate_json(text)
         run = await launcher.launch(spec, deadline, place)
+        await run.wait_started()
         print(run.started.process.pid if run.started else 0, flush=True)
     print("spawner", launcher.spawner_pid, flush=True)
     await asyncio.Event().wait()

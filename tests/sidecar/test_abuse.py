@@ -22,7 +22,7 @@ from remotegpu_sidecar.identity import boottime_ns
 from remotegpu_sidecar.launcher import Launcher, Run
 from remotegpu_sidecar.placement import choose
 from tests.scale import scaled
-from tests.sidecar.support import HAS_GROUPS, make_spec, python, until
+from tests.sidecar.support import HAS_GROUPS, launched, make_spec, python, until
 
 # Grows the tree that is its first argument. Each node writes a byte when it is there, then does what it is told.
 _TREE = """
@@ -124,7 +124,7 @@ async def live_and_die(folder: Path, node: dict[str, Any], end: str, after: int,
     )
     run: Run | None = None
     try:
-        run = await launcher.launch(spec, boottime_ns() + 10**12 if end == "lease" else None)
+        run = await launched(launcher, spec, boottime_ns() + 10**12 if end == "lease" else None)
         waiting = asyncio.ensure_future(run.wait())
         await until(lambda: log.stat().st_size >= after or waiting.done(), "the tree to grow")
         match end:
@@ -209,7 +209,7 @@ async def test_f30_families_that_fork_while_they_die(tmp_path: Path, placement: 
     try:
         script = _DYING.replace("{forks}", str(forks))
         spec = make_spec(*python(script), str(tmp_path / "up"), attempt="dying", grace_period_s=0.3)
-        run = await launcher.launch(spec)
+        run = await launched(launcher, spec)
         await until(lambda: (tmp_path / "up").exists() and (tmp_path / "up").stat().st_size >= 11, "the family")
         run.stop()
         result = await run.wait()
@@ -231,7 +231,7 @@ async def test_f31_everything_at_the_same_moment(tmp_path: Path, is_over: bool) 
         os.mkfifo(tmp_path / "fifo")
         spec = make_spec("sh", "-c", f"read line <{tmp_path}/fifo; exit 5", attempt="race", timeout_s=1.5)
         lease_ends_ns = boottime_ns() + 2 * 10**9
-        run = await launcher.launch(spec, lease_ends_ns)
+        run = await launched(launcher, spec, lease_ends_ns)
         assert run.started is not None
         main = run.started.process
         os.kill(run.shim.pid, 19)

@@ -13,7 +13,7 @@ from remotegpu_schemas.attempt import EndedBy
 from remotegpu_sidecar.launcher import Launcher
 from remotegpu_sidecar.output import read_output
 from tests.scale import scaled
-from tests.sidecar.support import make_spec, python, sh, until
+from tests.sidecar.support import launched, make_spec, python, sh, until
 from tests.sidecar.test_shim import ended_of
 
 MIB = 1 << 20
@@ -47,7 +47,7 @@ async def test_f29_flood_without_newlines(launcher: Launcher, tmp_path: Path) ->
     for gate in (first, last):
         os.mkfifo(gate)
     spec = make_spec(*python(_FLOOD), str(first), str(parts), str(last), output_limit_bytes=LIMIT)
-    run = await launcher.launch(spec)
+    run = await launched(launcher, spec)
     await until(lambda: read_output(run.directory, "stdout", 0, 1)[1] == b"x", "the first byte")
     before = own_memory(run.shim.pid), own_memory(os.getpid())
     first.write_text("go")
@@ -74,7 +74,7 @@ async def test_f29_flood_without_newlines(launcher: Launcher, tmp_path: Path) ->
 
 async def test_f29_flood_from_a_child_that_outlives_its_parent(launcher: Launcher) -> None:
     """F29: an inherited pipe that is written to without end does not hold the run open."""
-    run = await launcher.launch(make_spec(*sh("yes & exit 3"), output_limit_bytes=LIMIT))
+    run = await launched(launcher, make_spec(*sh("yes & exit 3"), output_limit_bytes=LIMIT))
     ended = await ended_of(run)
     assert (ended.ended_by, ended.exit_code) == (EndedBy.EXIT, 3)
     assert ended.usage.wall_s < 15
@@ -82,7 +82,7 @@ async def test_f29_flood_from_a_child_that_outlives_its_parent(launcher: Launche
 
 async def test_f29_flood_is_stopped_at_once(launcher: Launcher) -> None:
     """F29: a stop is heard in the middle of it."""
-    run = await launcher.launch(make_spec("yes", output_limit_bytes=LIMIT))
+    run = await launched(launcher, make_spec("yes", output_limit_bytes=LIMIT))
     await until(lambda: read_output(run.directory, "stdout", -1, 1)[2] > LIMIT, "a flood")
     run.stop()
     ended = await ended_of(run)

@@ -19,6 +19,7 @@ from remotegpu_sidecar.launcher import AdoptedState, Launcher, LaunchError
 from tests.sidecar.support import (
     both_placements,
     kill_if_alive,
+    launched,
     make_spec,
     pid_from,
     python,
@@ -40,7 +41,7 @@ def _is_open(fd: str) -> bool:
 @both_placements
 async def test_run_has_its_identities(launcher: Launcher) -> None:
     """What `launch` returns is on record, and is true."""
-    run = await launcher.launch(make_spec("sleep", "1000"))
+    run = await launched(launcher, make_spec("sleep", "1000"))
     assert run.started is not None
     assert run.started.shim == run.shim
     for who in (run.shim, run.started.process):
@@ -56,11 +57,11 @@ async def test_run_has_its_identities(launcher: Launcher) -> None:
 
 async def test_run_directory_is_used_once(launcher: Launcher) -> None:
     """A run is never started twice, not even after its end."""
-    run = await launcher.launch(make_spec("true"))
+    run = await launched(launcher, make_spec("true"))
     await run.wait()
     run.close()
     with pytest.raises(LaunchError, match="never started twice") as caught:
-        await launcher.launch(make_spec("true"))
+        await launched(launcher, make_spec("true"))
     assert caught.value.errno == errno.EEXIST
 
 
@@ -68,13 +69,15 @@ async def test_run_directory_is_used_once(launcher: Launcher) -> None:
 async def test_ids_that_are_no_names_are_refused(launcher: Launcher, attempts_dir: Path, attempt: str) -> None:
     """No path parts, nothing hidden, nothing overlong."""
     with pytest.raises(LaunchError, match="cannot name a directory"):
-        await launcher.launch(make_spec("true", attempt="good").model_copy(update={"attempt_id": AttemptId(attempt)}))
+        await launched(
+            launcher, make_spec("true", attempt="good").model_copy(update={"attempt_id": AttemptId(attempt)})
+        )
     assert list(attempts_dir.iterdir()) == []
 
 
 async def test_directory_is_private_and_holds_few_files(launcher: Launcher) -> None:
     """0700, and one file for a run without lease and output."""
-    run = await launcher.launch(make_spec("true"))
+    run = await launched(launcher, make_spec("true"))
     await run.wait()
     run.close()
     assert run.directory.stat().st_mode & 0o777 == 0o700
@@ -84,7 +87,7 @@ async def test_directory_is_private_and_holds_few_files(launcher: Launcher) -> N
 async def test_spec_beyond_the_bound_is_refused(launcher: Launcher, attempts_dir: Path) -> None:
     """A record stays readable; nothing is left of the refused one."""
     with pytest.raises(LaunchError, match="more than") as caught:
-        await launcher.launch(make_spec("true", *["x" * 120_000] * (limits.RECORD_MAX_BYTES // 120_000 + 1)))
+        await launched(launcher, make_spec("true", *["x" * 120_000] * (limits.RECORD_MAX_BYTES // 120_000 + 1)))
     assert caught.value.errno == errno.E2BIG
     assert list(attempts_dir.iterdir()) == []
 
@@ -98,7 +101,7 @@ async def test_placement_comes_before_the_start(launcher: Launcher, tmp_path: Pa
         assert tree.children(shim.pid) == []
         seen.append(shim)
 
-    run = await launcher.launch(make_spec("true"), place=place)
+    run = await launched(launcher, make_spec("true"), place=place)
     assert seen == [run.shim]
     await run.wait()
     run.close()
@@ -113,7 +116,7 @@ async def test_refused_placement_starts_nothing(launcher: Launcher, attempts_dir
         raise PermissionError(errno.EPERM, "no scope for you")
 
     with pytest.raises(LaunchError, match="no scope for you") as caught:
-        await launcher.launch(make_spec("touch", str(tmp_path / "ran")), place=place)
+        await launched(launcher, make_spec("touch", str(tmp_path / "ran")), place=place)
     assert caught.value.errno == errno.EPERM
     wait_until_dead(seen[0])
     [adopted] = await launcher.adopt()
@@ -131,7 +134,7 @@ async def test_cancelled_before_go_starts_nothing(launcher: Launcher, tmp_path: 
         seen.set_result(shim)
         await asyncio.Event().wait()
 
-    launch = asyncio.create_task(launcher.launch(make_spec("touch", str(tmp_path / "ran")), place=place))
+    launch = asyncio.create_task(launched(launcher, make_spec("touch", str(tmp_path / "ran")), place=place))
     shim = await seen
     launch.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -148,7 +151,7 @@ async def test_shim_killed_before_go(launcher: Launcher, attempts_dir: Path) -> 
         wait_until_dead(shim)
 
     with pytest.raises(LaunchError, match="was lost"):
-        await launcher.launch(make_spec("true"), place=place)
+        await launched(launcher, make_spec("true"), place=place)
     [adopted] = await launcher.adopt()
     assert adopted.state is AdoptedState.NEVER_STARTED
 
@@ -157,7 +160,7 @@ async def test_shim_killed_before_go(launcher: Launcher, attempts_dir: Path) -> 
 async def test_f09_shim_killed_while_the_agent_lives(launcher: Launcher, tmp_path: Path) -> None:
     """F09: `wait` returns a record without an end, and by then the whole tree is gone."""
     script = f"(setsid sh -c 'echo $$ >{tmp_path}/pid; sleep 1000; true' &); sleep 1000"
-    run = await launcher.launch(make_spec(*sh(script)))
+    run = await launched(launcher, make_spec(*sh(script)))
     assert run.started is not None
     daemon = await pid_from(tmp_path / "pid")
     os.kill(run.shim.pid, signal.SIGKILL)
@@ -173,10 +176,10 @@ async def test_f09_shim_killed_while_the_agent_lives(launcher: Launcher, tmp_pat
 async def test_lost_shims_tree_is_told_by_attempt_and_run(launcher: Launcher, tmp_path: Path) -> None:
     """Another run of the same attempt, and the same run number of another attempt, are not touched."""
     bystanders = [
-        await launcher.launch(make_spec("sleep", "1000", attempt=attempt, run_no=run_no))
+        await launched(launcher, make_spec("sleep", "1000", attempt=attempt, run_no=run_no))
         for attempt, run_no in (("attempt", 2), ("other", 1))
     ]
-    run = await launcher.launch(make_spec("sleep", "1000"))
+    run = await launched(launcher, make_spec("sleep", "1000"))
     os.kill(run.shim.pid, signal.SIGKILL)
     assert (await run.wait()).ended is None
     run.close()
@@ -190,7 +193,7 @@ async def test_lost_shims_tree_is_told_by_attempt_and_run(launcher: Launcher, tm
 
 async def test_waiting_is_shared_and_repeatable(launcher: Launcher) -> None:
     """Any number of callers, one of them cancelled, and once more after the end."""
-    run = await launcher.launch(make_spec(*sh("read x; exit 2")))
+    run = await launched(launcher, make_spec(*sh("read x; exit 2")))
     waiters = [asyncio.create_task(run.wait()) for _ in range(5)]
     waiters.pop().cancel()
     records = await asyncio.gather(*waiters)
@@ -200,7 +203,7 @@ async def test_waiting_is_shared_and_repeatable(launcher: Launcher) -> None:
 
 async def test_closing_ends_a_wait(launcher: Launcher) -> None:
     """Whoever waits is told; the run itself goes on."""
-    run = await launcher.launch(make_spec("sleep", "1000"))
+    run = await launched(launcher, make_spec("sleep", "1000"))
     waiter = asyncio.create_task(run.wait())
     await asyncio.sleep(0)
     run.close()
@@ -218,14 +221,14 @@ async def test_launch_after_stop_is_refused(launcher: Launcher) -> None:
     """A stopped launcher does not come back by itself."""
     await launcher.stop()
     with pytest.raises(LaunchError, match="stopped"):
-        await launcher.launch(make_spec("true"))
+        await launched(launcher, make_spec("true"))
     await launcher.stop()
 
 
 @both_placements
 async def test_runs_stay_when_the_launcher_stops(launcher: Launcher) -> None:
     """The spawner goes, the run does not; it can still be stopped and waited for."""
-    run = await launcher.launch(make_spec("sleep", "1000"))
+    run = await launched(launcher, make_spec("sleep", "1000"))
     await launcher.stop()
     assert identity.is_alive(run.shim)
     run.stop()
@@ -247,7 +250,7 @@ async def test_nothing_is_left_in_the_agent(attempts_dir: Path) -> None:
     while_up = len(os.listdir("/proc/self/fd"))
 
     async def one(number: int) -> None:
-        run = await launcher.launch(make_spec(*sh(f"echo {number}; exit {number % 3}"), run_no=number))
+        run = await launched(launcher, make_spec(*sh(f"echo {number}; exit {number % 3}"), run_no=number))
         assert (await run.wait()).ended is not None
         run.close()
 
@@ -266,10 +269,10 @@ async def test_spawner_stuck_is_replaced(launcher: Launcher, monkeypatch: pytest
     assert launcher.spawner_pid is not None
     os.kill(launcher.spawner_pid, signal.SIGSTOP)
     with pytest.raises(LaunchError, match="did not answer") as caught:
-        await launcher.launch(make_spec("true", run_no=1))
+        await launched(launcher, make_spec("true", run_no=1))
     assert caught.value.errno == errno.ETIMEDOUT
     monkeypatch.undo()
-    run = await launcher.launch(make_spec("true", run_no=2))
+    run = await launched(launcher, make_spec("true", run_no=2))
     await run.wait()
     run.close()
 
@@ -286,13 +289,13 @@ async def test_f27_no_descriptors_left(launcher: Launcher) -> None:
             except OSError:
                 break
         with pytest.raises(LaunchError) as caught:
-            await launcher.launch(make_spec("true", run_no=1))
+            await launched(launcher, make_spec("true", run_no=1))
         assert caught.value.errno == errno.EMFILE
     finally:
         for fd in held:
             os.close(fd)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    run = await launcher.launch(make_spec("true", run_no=2))
+    run = await launched(launcher, make_spec("true", run_no=2))
     await run.wait()
     run.close()
 
@@ -307,7 +310,7 @@ async def test_missing_interpreter_is_a_launch_error(attempts_dir: Path) -> None
 
 async def test_each_run_has_its_own_end(launcher: Launcher) -> None:
     """With three runs at once, each end is its own."""
-    runs = [await launcher.launch(make_spec(*python(f"raise SystemExit({n})"), run_no=n)) for n in (1, 2, 3)]
+    runs = [await launched(launcher, make_spec(*python(f"raise SystemExit({n})"), run_no=n)) for n in (1, 2, 3)]
     records = [await run.wait() for run in runs]
     assert [record.ended.exit_code if record.ended else None for record in records] == [1, 2, 3]
     for run in runs:
@@ -316,7 +319,7 @@ async def test_each_run_has_its_own_end(launcher: Launcher) -> None:
 
 async def test_descriptor_count_of_a_shim_is_small(launcher: Launcher) -> None:
     """A shim holds its directory, record, timer, wake-up pipe and two pipes, and no more."""
-    run = await launcher.launch(make_spec("sleep", "1000"))
+    run = await launched(launcher, make_spec("sleep", "1000"))
     await until(lambda: len(os.listdir(f"/proc/{run.shim.pid}/fd")) <= 10, "the shim to settle")
     targets = [os.readlink(f"/proc/{run.shim.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{run.shim.pid}/fd")]
     assert targets.count("/dev/null") == 3

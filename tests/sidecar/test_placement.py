@@ -22,6 +22,7 @@ from tests.sidecar.support import (
     AgentProcess,
     identity_of,
     kill_if_alive,
+    launched,
     make_spec,
     pid_from,
     sh,
@@ -205,7 +206,9 @@ def group_of(run: Run) -> str:
 @in_groups
 async def test_shim_and_task_are_in_their_leaves(launcher: Launcher, tmp_path: Path) -> None:
     """Daemons too; when the run has ended nothing of the group is left."""
-    run = await launcher.launch(make_spec(*sh(f"(setsid sh -c 'echo $$ >{tmp_path}/pid; sleep 1000' &); sleep 1000")))
+    run = await launched(
+        launcher, make_spec(*sh(f"(setsid sh -c 'echo $$ >{tmp_path}/pid; sleep 1000' &); sleep 1000"))
+    )
     assert run.started is not None
     daemon = await pid_from(tmp_path / "pid")
     group = group_of(run)
@@ -229,7 +232,7 @@ async def test_group_is_left_before_rights_are_dropped(launcher: Launcher, tmp_p
         f"grep '^0::.*/task$' /proc/self/cgroup || exit 1; sh -c 'echo 0 >{cgroups_root()}/cgroup.procs' && exit 2; "
     )
     user = {"name": "nobody", "uid": 65534, "gid": 65534}
-    run = await launcher.launch(make_spec(*sh(f"{script} exit 0"), user=user))
+    run = await launched(launcher, make_spec(*sh(f"{script} exit 0"), user=user))
     record = await run.wait()
     run.close()
     assert record.ended is not None
@@ -247,7 +250,7 @@ def cgroups_root() -> str:
 @in_groups
 async def test_run_is_not_over_while_somebody_is_in_its_group(launcher: Launcher) -> None:
     """Who was put there from outside ends with the run: an empty group is part of the proof."""
-    run = await launcher.launch(make_spec("sleep", "1000"))
+    run = await launched(launcher, make_spec("sleep", "1000"))
     guest = await asyncio.create_subprocess_exec("sleep", "1000")
     cgroups.write(f"{group_of(run)}/{cgroups.TASK}/cgroup.procs", str(guest.pid))
     run.kill()
@@ -263,7 +266,7 @@ async def test_run_is_not_over_while_somebody_is_in_its_group(launcher: Launcher
 async def test_f09_hidden_process_of_a_lost_shim_is_found(launcher: Launcher, tmp_path: Path) -> None:
     """F09: no environment, another session, no parent: the group tells whose it is."""
     hidden = f"(env -i /usr/bin/setsid /bin/sh -c 'echo $$ >{tmp_path}/pid; exec /bin/sleep 1000' &)"
-    run = await launcher.launch(make_spec(*sh(f"{hidden}; sleep 1000")))
+    run = await launched(launcher, make_spec(*sh(f"{hidden}; sleep 1000")))
     daemon = await pid_from(tmp_path / "pid")
     group = group_of(run)
     os.kill(run.shim.pid, signal.SIGKILL)
@@ -336,7 +339,7 @@ async def test_refused_group_starts_nothing(attempts_dir: Path, tmp_path: Path) 
     launcher = Launcher(attempts_dir, refusing)
     await launcher.start()
     with pytest.raises(LaunchError, match="refused its place") as caught:
-        await launcher.launch(make_spec("touch", str(tmp_path / "ran")))
+        await launched(launcher, make_spec("touch", str(tmp_path / "ran")))
     assert caught.value.errno == errno.ENOENT
     await launcher.stop()
     assert not (tmp_path / "ran").exists()
@@ -346,7 +349,7 @@ async def test_refused_group_starts_nothing(attempts_dir: Path, tmp_path: Path) 
 @in_groups
 async def test_suspended_run_is_frozen_by_its_group(launcher: Launcher, tmp_path: Path) -> None:
     """The kernel stops the whole leaf; no signal is spent, so that job control inside the task stays as it was."""
-    run = await launcher.launch(make_spec(*sh(f"echo up >{tmp_path}/up; while :; do :; done")))
+    run = await launched(launcher, make_spec(*sh(f"echo up >{tmp_path}/up; while :; do :; done")))
     await until_file(tmp_path / "up")
     events = Path(f"{group_of(run)}/{cgroups.TASK}/cgroup.events")
     assert run.started is not None

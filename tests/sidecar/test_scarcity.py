@@ -14,7 +14,7 @@ import pytest
 from remotegpu_schemas.attempt import EndedBy
 from remotegpu_sidecar import identity
 from remotegpu_sidecar.launcher import Launcher, LaunchError
-from tests.sidecar.support import make_spec
+from tests.sidecar.support import launched, make_spec
 from tests.sidecar.test_shim import run_to_end
 
 
@@ -39,7 +39,7 @@ async def ready(launcher: Launcher) -> int:
 async def error_of(launcher: Launcher, run_no: int) -> int | None:
     """The errno of a launch that must fail: before the hello, or on record."""
     try:
-        run = await launcher.launch(make_spec("true", run_no=run_no))
+        run = await launched(launcher, make_spec("true", run_no=run_no))
     except LaunchError as error:
         return error.errno
     record = await run.wait()
@@ -76,7 +76,7 @@ async def test_f27_no_memory(launcher: Launcher) -> None:
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
     with scarce(pid, resource.RLIMIT_AS, pages * resource.getpagesize()):
         with pytest.raises(LaunchError, match=r"memory|Memory") as caught:
-            await launcher.launch(make_spec("true", *["x" * 100_000] * 100, run_no=1))
+            await launched(launcher, make_spec("true", *["x" * 100_000] * 100, run_no=1))
         assert caught.value.errno in {None, errno.ENOMEM}
     ended, _ = await run_to_end(launcher, make_spec("true", run_no=2))
     assert (ended.exit_code, launcher.spawner_pid) == (0, pid)

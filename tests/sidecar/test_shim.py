@@ -14,7 +14,7 @@ from remotegpu_schemas.attempt import EndedBy, RunEnded, RunSpec
 from remotegpu_sidecar import identity, tree
 from remotegpu_sidecar.launcher import Launcher, Run
 from remotegpu_sidecar.output import read_output
-from tests.sidecar.support import both_placements, make_spec, pid_from, python, sh, unique, until, until_file
+from tests.sidecar.support import both_placements, launched, make_spec, pid_from, python, sh, unique, until, until_file
 
 MIB = 1024 * 1024
 
@@ -29,7 +29,7 @@ async def ended_of(run: Run) -> RunEnded:
 
 async def run_to_end(launcher: Launcher, spec: RunSpec) -> tuple[RunEnded, Path]:
     """Run a spec to its end."""
-    run = await launcher.launch(spec)
+    run = await launched(launcher, spec)
     return await ended_of(run), run.directory
 
 
@@ -135,7 +135,7 @@ async def test_f29_closed_pipes_do_not_end_a_run(launcher: Launcher, tmp_path: P
     """F29: a task may close its output and go on."""
     script = f"exec >&- 2>&-; read line <{tmp_path}/fifo; exit 7"
     os.mkfifo(tmp_path / "fifo")
-    run = await launcher.launch(make_spec(*sh(script)))
+    run = await launched(launcher, make_spec(*sh(script)))
     (tmp_path / "fifo").write_text("go\n")
     assert (await ended_of(run)).exit_code == 7
 
@@ -145,7 +145,7 @@ async def test_f29_inherited_pipe_does_not_hold_the_run(launcher: Launcher, tmp_
     # The pipe's other end gets out of the tree by /proc.
     script = f"echo first; echo $$ >{tmp_path}/pid; read line <{tmp_path}/fifo; exit 0"
     os.mkfifo(tmp_path / "fifo")
-    run = await launcher.launch(make_spec(*sh(script)))
+    run = await launched(launcher, make_spec(*sh(script)))
     main = await pid_from(tmp_path / "pid")
     stranger = os.open(f"/proc/{main.pid}/fd/1", os.O_WRONLY)
     try:
@@ -161,7 +161,7 @@ async def test_f29_inherited_pipe_does_not_hold_the_run(launcher: Launcher, tmp_
 async def test_output_written_right_before_the_end_is_whole(launcher: Launcher) -> None:
     """The drain takes what is still in the pipe."""
     runs = [
-        await launcher.launch(make_spec(*python("import os; os.write(1, b'x' * 60000); os._exit(0)"), run_no=number))
+        await launched(launcher, make_spec(*python("import os; os.write(1, b'x' * 60000); os._exit(0)"), run_no=number))
         for number in range(1, 21)
     ]
     for run in runs:
@@ -199,7 +199,7 @@ async def _call(*argv: str) -> None:
 async def test_stop_sends_the_stop_signal_first(launcher: Launcher, tmp_path: Path) -> None:
     """The task may clean up; it is a stop although it then exits with 0."""
     script = f"trap 'echo saved; exit 0' INT; echo up >{tmp_path}/up; while :; do sleep 0.01; done"
-    run = await launcher.launch(make_spec(*sh(script), stop_signal=signal.SIGINT))
+    run = await launched(launcher, make_spec(*sh(script), stop_signal=signal.SIGINT))
     await until_file(tmp_path / "up")
     run.stop()
     ended = await ended_of(run)
@@ -210,7 +210,7 @@ async def test_stop_sends_the_stop_signal_first(launcher: Launcher, tmp_path: Pa
 @both_placements
 async def test_stop_wakes_a_suspended_task(launcher: Launcher, tmp_path: Path) -> None:
     """A stopped process gets its signal at once, not after the grace period."""
-    run = await launcher.launch(make_spec("sleep", "1000", grace_period_s=1000))
+    run = await launched(launcher, make_spec("sleep", "1000", grace_period_s=1000))
     assert run.started is not None
     os.kill(run.started.process.pid, signal.SIGSTOP)
     run.stop()
@@ -220,7 +220,7 @@ async def test_stop_wakes_a_suspended_task(launcher: Launcher, tmp_path: Path) -
 async def test_stop_of_a_scope_reaches_the_task_through_its_shim_only(launcher: Launcher, tmp_path: Path) -> None:
     """Systemd sends SIGWINCH to all of a scope: the task, which ignores it, gets its own stop signal and its grace."""
     script = f"trap 'echo saved; exit 0' INT; echo up >{tmp_path}/up; while :; do sleep 0.01; done"
-    run = await launcher.launch(make_spec(*sh(script), stop_signal=signal.SIGINT))
+    run = await launched(launcher, make_spec(*sh(script), stop_signal=signal.SIGINT))
     assert run.started is not None
     await until_file(tmp_path / "up")
     for pid in (run.started.process.pid, run.shim.pid):
@@ -234,7 +234,7 @@ async def test_stop_of_a_scope_reaches_the_task_through_its_shim_only(launcher: 
 async def test_kill_asks_nobody(launcher: Launcher, tmp_path: Path) -> None:
     """No grace period."""
     script = f"trap '' TERM; (trap '' TERM; echo up >{tmp_path}/up; sleep 1000); sleep 1000"
-    run = await launcher.launch(make_spec(*sh(script), grace_period_s=1000))
+    run = await launched(launcher, make_spec(*sh(script), grace_period_s=1000))
     await until_file(tmp_path / "up")
     run.kill()
     ended = await ended_of(run)
@@ -245,8 +245,8 @@ async def test_kill_asks_nobody(launcher: Launcher, tmp_path: Path) -> None:
 @both_placements
 async def test_kill_cuts_a_stop_short(launcher: Launcher, tmp_path: Path) -> None:
     """While the grace period runs."""
-    run = await launcher.launch(
-        make_spec(*sh(f"trap 'echo t >{tmp_path}/t' TERM; while :; do sleep 0.01; done"), grace_period_s=1000)
+    run = await launched(
+        launcher, make_spec(*sh(f"trap 'echo t >{tmp_path}/t' TERM; while :; do sleep 0.01; done"), grace_period_s=1000)
     )
     await until(lambda: "sleep" in _comms(run), "the trap to be set")
     run.stop()
@@ -296,7 +296,7 @@ async def test_f30_descendants_go_with_the_task(launcher: Launcher, tmp_path: Pa
     script = f"{{ {DAEMONS[way]}; }} >{tmp_path}/pid; echo up >{tmp_path}/up; "
     script += f"until [ -s {tmp_path}/pid ]; do :; done; " + ("exit 4" if end == "exit" else "sleep 1000")
     spec = make_spec(*sh(script), grace_period_s=0.3, timeout_s=0.5 if end == "timeout" else None)
-    run = await launcher.launch(spec)
+    run = await launched(launcher, spec)
     daemon = int((await until_file(tmp_path / "pid")).splitlines()[0])
     if end == "stop":
         run.stop()
@@ -329,7 +329,7 @@ for _ in range(4):
 print("up", flush=True)
 time.sleep(1000)
 """
-    run = await launcher.launch(make_spec(*python(script), grace_period_s=0.1))
+    run = await launched(launcher, make_spec(*python(script), grace_period_s=0.1))
     await until(lambda: len(tree.descendants(run.shim.pid, within_ms=50)) > 40, "a large family")
     run.stop()
     ended = await ended_of(run)
@@ -349,7 +349,7 @@ async def test_leftovers_may_finish_within_their_grace(launcher: Launcher, tmp_p
     """What a task leaves behind hears SIGTERM and can tidy up; its output still counts."""
     child = "trap 'echo bye; exit' TERM; echo up; while :; do sleep 0.01; done"
     script = f'sh -c "{child}" & until [ -s {tmp_path}/go ]; do sleep 0.01; done; exit 0'
-    run = await launcher.launch(make_spec(*sh(script)))
+    run = await launched(launcher, make_spec(*sh(script)))
     await until(lambda: read_output(run.directory, "stdout", 0, 10)[1] == b"up\n", "the child to be up")
     (tmp_path / "go").write_text("go\n")
     ended = await ended_of(run)
@@ -366,7 +366,7 @@ async def test_whole_grace_period_for_children_of_a_shell_that_dies_first(launch
     child += f"signal.pause()\ntime.sleep(2.5)\nopen({str(tmp_path / 'saved')!r}, 'w').write('yes')"
     program = tmp_path / "train.py"
     program.write_text(child)
-    run = await launcher.launch(make_spec(*sh(f"{python('')[0]} -I -S {program}; true")))
+    run = await launched(launcher, make_spec(*sh(f"{python('')[0]} -I -S {program}; true")))
     await until_file(tmp_path / "up")
     run.stop()
     ended = await ended_of(run)
@@ -379,7 +379,7 @@ async def test_orphans_are_reaped_while_the_task_runs(launcher: Launcher, tmp_pa
     """The shim buries what its task abandons; no zombies pile up."""
     os.mkfifo(tmp_path / "fifo")
     script = f"for n in 1 2 3 4 5 6 7 8 9; do (true &); done; echo up >{tmp_path}/up; read line <{tmp_path}/fifo"
-    run = await launcher.launch(make_spec(*sh(script)))
+    run = await launched(launcher, make_spec(*sh(script)))
     assert run.started is not None
     await until_file(tmp_path / "up")
     await until(
@@ -393,7 +393,7 @@ async def test_orphans_are_reaped_while_the_task_runs(launcher: Launcher, tmp_pa
 async def test_natural_end_before_the_request_is_an_exit(launcher: Launcher, tmp_path: Path) -> None:
     """F31: with the shim frozen, the task ends and then a stop is asked for: what happened first counts."""
     os.mkfifo(tmp_path / "fifo")
-    run = await launcher.launch(make_spec(*sh(f"read line <{tmp_path}/fifo; exit 3")))
+    run = await launched(launcher, make_spec(*sh(f"read line <{tmp_path}/fifo; exit 3")))
     assert run.started is not None
     os.kill(run.shim.pid, signal.SIGSTOP)
     (tmp_path / "fifo").write_text("go\n")
@@ -407,7 +407,7 @@ async def test_natural_end_before_the_request_is_an_exit(launcher: Launcher, tmp
 
 async def test_repeated_stops_and_late_ones_are_harmless(launcher: Launcher) -> None:
     """Any number of requests, before and after the end, and after the run was closed."""
-    run = await launcher.launch(make_spec("sleep", "1000"))
+    run = await launched(launcher, make_spec("sleep", "1000"))
     for _ in range(5):
         run.stop()
     assert (await ended_of(run)).ended_by is EndedBy.STOP
@@ -419,8 +419,8 @@ async def test_repeated_stops_and_late_ones_are_harmless(launcher: Launcher) -> 
 
 async def test_membership_of_a_process(launcher: Launcher, tmp_path: Path) -> None:
     """All of a task's tree belongs to it, daemons too; the shim, strangers and init do not."""
-    run = await launcher.launch(
-        make_spec(*sh(f"(setsid sh -c 'echo $$ >{tmp_path}/pid; exec sleep 1000' &); sleep 1000"))
+    run = await launched(
+        launcher, make_spec(*sh(f"(setsid sh -c 'echo $$ >{tmp_path}/pid; exec sleep 1000' &); sleep 1000"))
     )
     assert run.started is not None
     daemon = await pid_from(tmp_path / "pid")

@@ -18,7 +18,7 @@ import pytest
 from remotegpu_schemas.attempt import EndedBy, RunEnded, RunStarted
 from remotegpu_sidecar import identity, record, spawner
 from remotegpu_sidecar.launcher import Launcher
-from tests.sidecar.support import DEADLINE_S, identity_of, make_spec, sh, unique, until, wait_until_dead
+from tests.sidecar.support import DEADLINE_S, identity_of, launched, make_spec, sh, unique, until, wait_until_dead
 
 # Runs the spawner with a watch on imports: whatever is imported, or read from a .py or .pyc, after a fork is noted.
 _WATCHED = """
@@ -195,7 +195,7 @@ async def test_goes_when_the_agent_goes(launcher: Launcher) -> None:
 
 async def test_is_out_of_reach_of_the_terminal(launcher: Launcher) -> None:
     """Spawner, shim and task each lead a session of their own: ^C at the agent's terminal reaches none of them."""
-    run = await launcher.launch(make_spec("sleep", "1000"))
+    run = await launched(launcher, make_spec("sleep", "1000"))
     assert run.started is not None
     pids = [launcher.spawner_pid or 0, run.shim.pid, run.started.process.pid]
     assert [os.getsid(pid) for pid in pids] == pids
@@ -206,7 +206,7 @@ async def test_is_out_of_reach_of_the_terminal(launcher: Launcher) -> None:
 
 async def test_reaps_its_shims(launcher: Launcher) -> None:
     """An ended shim leaves no zombie."""
-    runs = [await launcher.launch(make_spec("true", run_no=number)) for number in range(1, 6)]
+    runs = [await launched(launcher, make_spec("true", run_no=number)) for number in range(1, 6)]
     for run in runs:
         await run.wait()
         run.close()
@@ -233,12 +233,12 @@ def test_imports_are_few() -> None:
 
 async def test_f08_spawner_killed(launcher: Launcher) -> None:
     """F08: running tasks are untouched, the next launch has a new spawner."""
-    before = await launcher.launch(make_spec(*sh("read x; exit 5"), attempt="before"))
-    sleeper = await launcher.launch(make_spec("sleep", "1000", attempt="sleeper"))
+    before = await launched(launcher, make_spec(*sh("read x; exit 5"), attempt="before"))
+    sleeper = await launched(launcher, make_spec("sleep", "1000", attempt="sleeper"))
     old = launcher.spawner_pid
     assert old is not None
     os.kill(old, signal.SIGKILL)
-    after = await launcher.launch(make_spec(*sh("exit 6"), attempt="after"))
+    after = await launched(launcher, make_spec(*sh("exit 6"), attempt="after"))
     assert launcher.spawner_pid not in {None, old}
     ended = [(await run.wait()).ended for run in (before, after)]
     assert [each.exit_code if each else None for each in ended] == [5, 6]

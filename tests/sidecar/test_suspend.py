@@ -12,7 +12,17 @@ from remotegpu_sidecar import identity, record, tree
 from remotegpu_sidecar.identity import boottime_ns
 from remotegpu_sidecar.launcher import AdoptedState, Launcher, Run
 from remotegpu_sidecar.output import read_output
-from tests.sidecar.support import AgentProcess, both_placements, make_spec, pid_from, python, sh, until, until_file
+from tests.sidecar.support import (
+    AgentProcess,
+    both_placements,
+    launched,
+    make_spec,
+    pid_from,
+    python,
+    sh,
+    until,
+    until_file,
+)
 from tests.sidecar.test_shim import ended_of
 
 S = 1_000_000_000
@@ -45,7 +55,7 @@ async def stands_still(run: Run) -> None:
 async def test_whole_tree_stands_still_and_goes_on(launcher: Launcher, tmp_path: Path) -> None:
     """Children, daemons in sessions of their own, busy loops: all stopped, then all running, and a right end."""
     script = f"{FAMILY} echo $$ >{tmp_path}/up; until [ -e {tmp_path}/go ]; do sleep 0.01; done; exit 4"
-    run = await launcher.launch(make_spec(*sh(script)))
+    run = await launched(launcher, make_spec(*sh(script)))
     await until_file(tmp_path / "up")
     await stands_still(run)
     assert run.is_to_be_suspended
@@ -68,7 +78,7 @@ def _ticks_of(run: Run) -> list[str]:
 @both_placements
 async def test_busy_loops_use_no_processor_while_suspended(launcher: Launcher, tmp_path: Path) -> None:
     """By control group or by signals: once the suspension is on record nothing runs, until it is resumed."""
-    run = await launcher.launch(make_spec(*sh(f"{FAMILY} echo up >{tmp_path}/up; while :; do :; done")))
+    run = await launched(launcher, make_spec(*sh(f"{FAMILY} echo up >{tmp_path}/up; while :; do :; done")))
     await until_file(tmp_path / "up")
     run.suspend()
     await _is_on_record(run)
@@ -86,7 +96,7 @@ async def test_busy_loops_use_no_processor_while_suspended(launcher: Launcher, t
 async def test_suspended_and_stopped_at_any_moment(launcher: Launcher, tmp_path: Path) -> None:
     """A stop right behind a suspension, proven or not, ends the run as a stop; nothing waits for the grace period."""
     for number in range(1, 11):
-        run = await launcher.launch(make_spec(*sh(f"{FAMILY} sleep 1000"), run_no=number, grace_period_s=1000))
+        run = await launched(launcher, make_spec(*sh(f"{FAMILY} sleep 1000"), run_no=number, grace_period_s=1000))
         run.suspend()
         if number % 2:
             await _is_on_record(run)
@@ -114,7 +124,7 @@ for n in range(6):
             time.sleep(0.001)
 time.sleep(1000)
 """
-    run = await launcher.launch(make_spec(*python(script)))
+    run = await launched(launcher, make_spec(*python(script)))
     await until_file(tmp_path / "up")
     await until(lambda: len(tree.descendants(run.shim.pid)) > 6, "the family to grow")
     await stands_still(run)
@@ -128,7 +138,7 @@ time.sleep(1000)
 
 async def test_timeout_stands_still_with_the_task(launcher: Launcher) -> None:
     """A run that was suspended for longer than its timeout has its time left when it goes on."""
-    run = await launcher.launch(make_spec("sleep", "1000", timeout_s=1.0))
+    run = await launched(launcher, make_spec("sleep", "1000", timeout_s=1.0))
     await stands_still(run)
     begun_ns = boottime_ns()
     await until(lambda: boottime_ns() > begun_ns + 3 * S // 2, "the timeout's time to pass")
@@ -144,7 +154,7 @@ async def test_lease_goes_on_and_ends_a_suspended_task(launcher: Launcher, tmp_p
     """It hears its stop signal, because it is woken for it, and is gone by the deadline."""
     script = f"trap 'echo saved; exit 0' TERM; echo up >{tmp_path}/up; while :; do sleep 0.01; done"
     deadline_ns = boottime_ns() + 2 * S
-    run = await launcher.launch(make_spec(*sh(script), lease_grace_s=1), deadline_ns)
+    run = await launched(launcher, make_spec(*sh(script), lease_grace_s=1), deadline_ns)
     await until_file(tmp_path / "up")
     await stands_still(run)
     ended = await ended_of(run)
@@ -156,7 +166,7 @@ async def test_lease_goes_on_and_ends_a_suspended_task(launcher: Launcher, tmp_p
 async def test_stop_of_a_suspended_run_lets_it_tidy_up(launcher: Launcher, tmp_path: Path) -> None:
     """The stop signal first, then SIGCONT: the handler runs, and no grace period is waited for."""
     script = f"trap 'echo saved; exit 3' TERM; echo up >{tmp_path}/up; while :; do sleep 0.01; done"
-    run = await launcher.launch(make_spec(*sh(script), grace_period_s=1000))
+    run = await launched(launcher, make_spec(*sh(script), grace_period_s=1000))
     await until_file(tmp_path / "up")
     await stands_still(run)
     run.stop()
@@ -167,7 +177,7 @@ async def test_stop_of_a_suspended_run_lets_it_tidy_up(launcher: Launcher, tmp_p
 
 async def test_kill_of_a_suspended_run(launcher: Launcher) -> None:
     """SIGKILL needs nobody's cooperation."""
-    run = await launcher.launch(make_spec(*sh(f"{FAMILY} sleep 1000")))
+    run = await launched(launcher, make_spec(*sh(f"{FAMILY} sleep 1000")))
     await stands_still(run)
     run.kill()
     ended = await ended_of(run)
@@ -177,7 +187,7 @@ async def test_kill_of_a_suspended_run(launcher: Launcher) -> None:
 async def test_suspending_what_is_being_stopped_does_not_hold_it_up(launcher: Launcher, tmp_path: Path) -> None:
     """An end under way goes on."""
     script = f"trap 'touch {tmp_path}/told' TERM; until [ -e {tmp_path}/go ]; do sleep 0.01; done; exit 6"
-    run = await launcher.launch(make_spec(*sh(script), grace_period_s=1000))
+    run = await launched(launcher, make_spec(*sh(script), grace_period_s=1000))
     assert run.started is not None
     await until(lambda: identity.hears(run.started.process.pid if run.started else 0, signal.SIGTERM), "the trap")
     run.stop()
@@ -191,7 +201,7 @@ async def test_suspending_what_is_being_stopped_does_not_hold_it_up(launcher: La
 
 async def test_suspended_and_resumed_at_once_any_number_of_times(launcher: Launcher) -> None:
     """What counts is what was asked for last, however the signals fall together."""
-    run = await launcher.launch(make_spec("sleep", "1000"))
+    run = await launched(launcher, make_spec("sleep", "1000"))
     for _ in range(200):
         run.suspend()
         run.resume()
@@ -228,7 +238,7 @@ async def test_suspended_run_is_adopted_as_it_is(attempts_dir: Path, tmp_path: P
 
 async def test_shim_frozen_and_thawed_does_not_wake_its_task(launcher: Launcher) -> None:
     """An operator who stops and continues the shim itself has asked for nothing."""
-    run = await launcher.launch(make_spec("sleep", "1000"))
+    run = await launched(launcher, make_spec("sleep", "1000"))
     await stands_still(run)
     os.kill(run.shim.pid, signal.SIGSTOP)
     os.kill(run.shim.pid, signal.SIGCONT)
@@ -241,7 +251,9 @@ async def test_shim_frozen_and_thawed_does_not_wake_its_task(launcher: Launcher)
 
 async def test_suspended_main_process_that_somebody_kills(launcher: Launcher, tmp_path: Path) -> None:
     """Its end is seen, and what it leaves behind is woken and told to go."""
-    run = await launcher.launch(make_spec(*sh(f"(setsid sh -c 'echo $$ >{tmp_path}/pid; sleep 1000' &); sleep 1000")))
+    run = await launched(
+        launcher, make_spec(*sh(f"(setsid sh -c 'echo $$ >{tmp_path}/pid; sleep 1000' &); sleep 1000"))
+    )
     assert run.started is not None
     daemon = await pid_from(tmp_path / "pid")
     await stands_still(run)

@@ -21,6 +21,10 @@ def write_endpoints(state_dir: Path, endpoints: Endpoints) -> None:
     draft = path.with_name(FILE_NAME + ".new")
     draft.unlink(missing_ok=True)
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with open(fd, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-    draft.rename(path)
+    try:
+        with open(fd, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+        draft.rename(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise

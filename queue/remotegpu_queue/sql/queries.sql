@@ -21,15 +21,15 @@ SELECT * FROM attempts WHERE attempt_id = :attempt_id;
 SELECT seq, task_id, origin, state, run_no, retries_used, free_retries_used
 FROM attempts WHERE attempt_id = :attempt_id;
 
--- name: is_known_attempt
-SELECT 1 FROM attempts WHERE attempt_id = :attempt_id;
-
 -- name: open_attempts_of_task
-SELECT attempt_id, state FROM attempts
+SELECT attempt_id, state, run_no FROM attempts
 WHERE task_id = :task_id AND state NOT IN ('completed', 'failed', 'cancelled') ORDER BY seq;
 
 -- name: has_newer_attempt
 SELECT 1 FROM attempts WHERE task_id = :task_id AND seq > :seq LIMIT 1;
+
+-- name: has_local_attempt
+SELECT 1 FROM attempts WHERE task_id = :task_id AND origin = 'local' LIMIT 1;
 
 -- name: task_is_taken
 SELECT 1 FROM attempts WHERE task_id = :task_id LIMIT 1;
@@ -180,8 +180,12 @@ WHERE id = :id AND is_dead = 0 RETURNING attempt_id;
 SELECT (SELECT count(*) FROM outbox) - dead AS waiting, dead
 FROM (SELECT count(*) AS dead FROM outbox INDEXED BY outbox_dead WHERE is_dead = 1);
 
+-- name: hasten_starts
+UPDATE outbox SET due_boottime_ns = :now_ns WHERE kind = 'start' AND is_dead = 0 AND due_boottime_ns > :now_ns;
+
 -- name: is_outbox_full
-SELECT 1 FROM outbox WHERE is_dead = 0 LIMIT 1 OFFSET :bound;
+-- Over an index: the table itself has the bodies.
+SELECT 1 FROM outbox INDEXED BY outbox_of_attempt LIMIT 1 OFFSET :bound;
 
 -- name: has_reports
 SELECT 1 FROM outbox WHERE attempt_id = :attempt_id AND is_dead = 0 LIMIT 1;
