@@ -189,7 +189,7 @@ class SystemdPlacement:
         except RefusedError as error:
             if error.name != _UNKNOWN_PROPERTY or not self._has_oom_policy:
                 raise
-            self._has_oom_policy = False  # scopes have it since systemd 253
+            self._has_oom_policy = False  # an older systemd, which has it for services only
             await self._systemd.start_unit(name, self._scope(spec, shim))
         group = grouping.group_of_process(shim.pid)
         if group is None:

@@ -40,7 +40,7 @@ def bring_packages(library: Path, scratch: Path) -> None:
     _call([*install, *pins])
     build = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(scratch)]
     _call([*pip, "wheel", *build, str(REPOSITORY)])
-    _call([*install, "--no-index", *map(str, scratch.glob("*.whl"))])
+    _call([*install, "--upgrade", "--no-index", *map(str, scratch.glob("*.whl"))])
 
 
 def run_in_guest(testbed: Path, library: Path, command: str, *options: str) -> int:
