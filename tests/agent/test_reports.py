@@ -111,7 +111,8 @@ def test_a_completion_with_short_output(reports: Reports, claimed: Attempt) -> N
     assert body is not None
     assert (body["stdout"], body["stderr"], body["truncated"]) == ("out��\n", "err\n", False)
     assert (body["status"], body["cause"], body["exit_code"], body["runs"]) == ("completed", "succeeded", 0, 1)
-    assert body["usage"] == usage_of(usage) == {"wall_s": 1.235, "cpu_s": 0.5, "memory_peak_mb": 3}
+    expected = {"wall_s": 1.235, "cpu_s": 0.5, "memory_peak_mb": 3, "io_read_mb": 0.0, "io_write_mb": 0.0}
+    assert body["usage"] == usage_of(usage) == expected
     assert body["ended_at"] == "2026-02-02T02:40:00.000Z"
     assert body["error"] == body["error_msg"] == ""
 

@@ -341,7 +341,8 @@ def test_every_query_is_used() -> None:
 def test_every_update_of_a_state_names_the_state_it_expects() -> None:
     """Zero changed rows is then a lost race, and never a change that nobody meant."""
     updates = {name: text for name, text in SQL.items() if re.search(r"\bSET state =", text)}
-    assert set(updates) == {"start_attempt", "run_started", "run_stopping", "run_ended", "end_attempt", "retry_attempt"}
+    of_attempts = {"start_attempt", "end_attempt", "retry_attempt", "attempt_suspension"}
+    assert set(updates) == of_attempts | {"run_started", "run_stopping", "run_ended", "run_suspension"}
     for text in updates.values():
         where = text.partition("WHERE")[2]
         assert all(name in where for name in (":attempt_id", ":run_no", "state = :state"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -71,7 +72,10 @@ async def test_whole_tree_stands_still_and_goes_on(launcher: Launcher, tmp_path:
 
 def _ticks_of(run: Run) -> list[str]:
     """The processor time of each process of the tree (fields 14 and 15 of its stat)."""
-    stats = [Path(f"/proc/{stat.pid}/stat").read_text() for stat in tree.descendants(run.shim.pid)]
+    stats = []
+    for stat in tree.descendants(run.shim.pid):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since it was listed
+            stats.append(Path(f"/proc/{stat.pid}/stat").read_text())
     return [" ".join(stat.rpartition(")")[2].split()[11:13]) for stat in stats]
 
 

@@ -108,7 +108,9 @@ def test_text(config: Path) -> None:
     found = run("doctor", "--config", config)
     assert found.code == 0
     assert found.out.startswith("ok       python: ")
-    assert found.err == "0 problems, 1 warning.\n"
+    warnings = sum(line.startswith("warning") for line in found.out.splitlines())
+    assert warnings >= 1  # nobody runs; a host without all control groups has another one
+    assert found.err == f"0 problems, {warnings} warning{'' if warnings == 1 else 's'}.\n"
 
 
 def test_running_agent(agent: LiveAgent, cli: Cli, config: Path) -> None:
