@@ -2,6 +2,8 @@
 
 Read `Agent.__init__` and `Agent.start` from top to bottom to know what the agent consists of. What runs when it stops
 goes on, and is adopted by the next one.
+
+Long, because it is the one list of all parts and of who tells whom.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Owns the runs that are alive (`active`): whatever goes wrong, one is let go of only when its end is on disk. What is
 written down, and when, is `bookkeeping.py`'s; processes are the sidecar's.
+
+Long, because one run is one life: whoever starts, suspends or stops it needs the same few values.
 """
 
 from __future__ import annotations

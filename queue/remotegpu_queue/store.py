@@ -2,6 +2,8 @@
 
 The only importer of aiosqlite. Knows nothing of tasks: what is read and written are the units of `units.py`,
 plain functions on a sqlite3 connection, so that the simulator can run the same SQL on an inline connection.
+
+Long, because opening, locking, migrating and writing guard one connection.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Every change of a state names the state it expects and applies the pure table; zero changed rows is a lost race and
 raises LostRace, so that the savepoint takes back the rest of the unit. Times ending in `_ms` are wall clock, those
 ending in `_ns` are CLOCK_BOOTTIME.
+
+Long, because every unit is a few lines and their order is that of an attempt.
 """
 
 from __future__ import annotations

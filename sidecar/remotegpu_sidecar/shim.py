@@ -9,6 +9,8 @@ Messages to the agent, over the run's channel: {"hello": identity}, then {"start
 stop with grace (as does SIGWINCH, from systemd), SIGUSR1 for a kill at once, SIGHUP says that the directory is to be
 looked at: `deadline` has moved earlier, or `suspend` has come or gone. While that file is there the tree stands still;
 it means the same however often it is looked at, and whoever made it.
+
+Long, because it may import nothing after its fork and is read as one story.
 """
 
 from __future__ import annotations
