@@ -13,8 +13,10 @@ from pathlib import Path
 from remotegpu_agent import VERSION, host, output_reading, process_stop
 from remotegpu_agent.announcer import Announcer
 from remotegpu_agent.clock import Clock
+from remotegpu_agent.dead_letters import DeadLetters
 from remotegpu_agent.directory_watch import DirectoryWatcher
 from remotegpu_agent.dispatch import Dispatcher
+from remotegpu_agent.draining import Drain
 from remotegpu_agent.executor import Executor
 from remotegpu_agent.leases import LeaseKeeper
 from remotegpu_agent.operations import Stream
@@ -27,7 +29,11 @@ from remotegpu_queue.rows import Attempt, Run
 from remotegpu_queue.store import Store
 from remotegpu_queue.units import NewAttempt
 from remotegpu_schemas.api import (
+    BlockView,
     Capacity,
+    DeadLetter,
+    DeadLetterPage,
+    DrainAnswer,
     LogChunk,
     Ping,
     ProcessStopAnswer,
@@ -42,6 +48,7 @@ from remotegpu_schemas.attempt import AttemptId, RunNo
 from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.states import Cause, RunState, TaskState
 from remotegpu_schemas.task import Task
+from remotegpu_schemas.wire import format_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,8 @@ class AgentOperations:
     announcer: Announcer
     watcher: DirectoryWatcher
     standing: Standing
+    draining: Drain
+    letters: DeadLetters
     clock: Clock
     new_id: Callable[[], str]
 
@@ -82,6 +91,7 @@ class AgentOperations:
             version=VERSION,
             state=self.standing.state,
             reasons=self.standing.reasons,
+            blocks=[BlockView(kind=block.kind, reason=block.reason) for block in self.standing.blocks()],
             uptime_s=round((self.clock.boottime_ns() - self.started_boottime_ns) / 1e9, 1),
             tasks=counts.by_state,
             capacity=Capacity(
@@ -101,8 +111,11 @@ class AgentOperations:
 
     async def submit(self, tasks: Sequence[Task]) -> list[str]:
         """Store local tasks, all or none."""
-        if self.standing.is_draining:
-            raise Refused(Code.DRAINING, "this agent is draining and takes no new tasks; submit elsewhere or later")
+        if self.draining.is_on:
+            raise Refused(Code.DRAINING, f"this agent takes no new tasks: {self.draining.sentence}; submit elsewhere")
+        full = self.standing.refuses_submission()
+        if full is not None:
+            raise Refused(Code.HOST_FULL, f"this agent takes no new tasks: {full}")
         for task in tasks:
             check_runnable(task)
         attempts = [
@@ -171,6 +184,57 @@ class AgentOperations:
     async def stop_process(self, request: ProcessStopRequest) -> ProcessStopAnswer:
         """Stop the run whose process id that is."""
         return await process_stop.stop_process(self.store, self.executor, self.boot_id, request)
+
+    # --- the host as a whole ---
+
+    async def drain(self, by: str, reason: str) -> DrainAnswer:
+        """Take on no more tasks."""
+        await self.draining.begin(by, reason)
+        return await self.drain_state()
+
+    async def undrain(self) -> DrainAnswer:
+        """Take on tasks again."""
+        await self.draining.end()
+        return await self.drain_state()
+
+    async def drain_state(self, *, wait_s: float = 0.0) -> DrainAnswer:
+        """How far the host is emptied."""
+        if wait_s > 0:
+            await self.draining.wait_until(self._is_drained_or_not_asked, wait_s)
+        order, running = self.draining.order, len(self.executor.active)
+        waiting = await self.store.read(views.count_claimed_waiting)
+        return DrainAnswer(
+            is_draining=self.draining.is_on,
+            is_drained=self.draining.is_on and not running and not waiting,
+            reason=self.draining.sentence,
+            by=order.by if order is not None else None,
+            since=format_time(order.at_ms / 1000) if order is not None else None,
+            running=running,
+            waiting=waiting,
+        )
+
+    async def _is_drained_or_not_asked(self) -> bool:
+        if not self.draining.is_on:
+            return True
+        return not self.executor.active and not await self.store.read(views.count_claimed_waiting)
+
+    # --- dead letters ---
+
+    async def dead_letters(self, *, limit: int, offset: int) -> DeadLetterPage:
+        """One page."""
+        return await self.letters.page(limit, offset)
+
+    async def show_dead_letter(self, letter_id: int) -> DeadLetter:
+        """One, whole."""
+        return await self.letters.show(letter_id)
+
+    async def resend_dead_letter(self, letter_id: int) -> DeadLetter:
+        """Due at once."""
+        return await self.letters.resend(letter_id)
+
+    async def drop_dead_letter(self, letter_id: int) -> DeadLetter:
+        """Gone for good."""
+        return await self.letters.drop(letter_id)
 
     # --- output ---
 

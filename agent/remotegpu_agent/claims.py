@@ -51,7 +51,10 @@ class ClaimSettings:
 
 
 class Claimer:
-    """One loop that claims. `on_claimed` learns of each stored answer; wake it with `changed`."""
+    """One loop that claims. `on_claimed` learns of each stored answer; wake it with `changed`.
+
+    `blocked` are the reasons to claim nothing, `bound` is how many tasks may be taken on at most (None: as fit).
+    """
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class Claimer:
         random: Callable[[], float],
         new_id: Callable[[], str],
         blocked: Callable[[], list[str]],
+        bound: Callable[[], int | None],
         can_release: Callable[[], bool],
         on_claimed: Callable[[Sequence[ClaimResult]], Awaitable[None]],
     ) -> None:
@@ -77,6 +81,7 @@ class Claimer:
         self._random = random
         self._new_id = new_id
         self._blocked = blocked
+        self._bound = bound
         self._can_release = can_release
         self._on_claimed = on_claimed
         self._changed = asyncio.Event()
@@ -104,7 +109,9 @@ class Claimer:
         """How many tasks could start now."""
         if self._blocked() or self._dispatcher.has_blocked:
             return 0
-        return min(self._dispatcher.free().slots, limits.CLAIM_MAX_TASKS)
+        bound = self._bound()
+        free = min(self._dispatcher.free().slots, limits.CLAIM_MAX_TASKS)
+        return free if bound is None else min(free, bound)
 
     async def _claim(self, room: int) -> float:
         """One claim, repeated with the same request id until it is answered. Returns how long to pause (s)."""

@@ -114,6 +114,28 @@ class TasksSection(Form):
     env: Environment = Field(default={})
 
 
+class AdmissionSection(Form):
+    """`admission:`; with less free than this no task is claimed or started. In GiB and inodes; 0 switches one off."""
+
+    disk_free_gb: Annotated[float, Field(ge=0, le=65536, allow_inf_nan=False)] = 1.0
+    inodes_free: Annotated[int, Field(ge=0, le=10**9)] = 10_000
+    memory_free_gb: Annotated[float, Field(ge=0, le=65536, allow_inf_nan=False)] = 0.25
+
+
+class BreakerSection(Form):
+    """`breaker:`; after so many different claimed tasks in a row that failed `within` (s) nothing is claimed; 0 is off.
+
+    A canary (`canary_command`, a shell string; None is a built-in one) probes after `probe_interval` (s), doubled up
+    to `probe_max_interval`.
+    """
+
+    failures: Annotated[int, Field(ge=0, le=1000)] = 5
+    within: Span = 10.0
+    probe_interval: Span = 30.0
+    probe_max_interval: Span = 600.0
+    canary_command: Text | None = None
+
+
 class OutputSection(Form):
     """`output:`; the bound of what is kept of one run's output, in MiB."""
 
@@ -157,6 +179,8 @@ class Config(Form):
     control_plane: ControlPlaneSection = ControlPlaneSection()
     lease: LeaseSection = LeaseSection()
     capacity: CapacitySection = CapacitySection()
+    admission: AdmissionSection = AdmissionSection()
+    breaker: BreakerSection = BreakerSection()
     tasks: TasksSection = TasksSection()
     output: OutputSection = OutputSection()
     api: ApiSection = ApiSection()

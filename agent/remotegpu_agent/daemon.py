@@ -26,14 +26,18 @@ from remotegpu_agent.api import ApiServer, ApiSettings, Endpoints, LegacyCall, L
 from remotegpu_agent.api.endpoints_file import write_endpoints
 from remotegpu_agent.audit import AuditLog
 from remotegpu_agent.bookkeeping import Books
+from remotegpu_agent.canary import BreakerKeeper
 from remotegpu_agent.capacity import capacity_of
 from remotegpu_agent.claims import Claimer, ClaimSettings
 from remotegpu_agent.clock import SystemClock
 from remotegpu_agent.config import Config, token_path
 from remotegpu_agent.control_plane import ControlPlane, TlsFiles
+from remotegpu_agent.dead_letters import DeadLetters
 from remotegpu_agent.directory_watch import DirectoryWatcher
 from remotegpu_agent.dispatch import Dispatcher
+from remotegpu_agent.draining import Drain
 from remotegpu_agent.executor import Active, Executor
+from remotegpu_agent.host_watch import HostWatch, read_host
 from remotegpu_agent.leases import LeaseKeeper, LeaseSettings
 from remotegpu_agent.names import Names, name_agent
 from remotegpu_agent.presence import HostState, Presence, cancelled_attempts
@@ -45,6 +49,8 @@ from remotegpu_agent.runspec import RunSettings, find_user
 from remotegpu_agent.standing import Standing
 from remotegpu_agent.supervise import Loops
 from remotegpu_queue import outbox, units, views
+from remotegpu_queue.admission import Floors
+from remotegpu_queue.breaker import Rules
 from remotegpu_queue.outbox import Report
 from remotegpu_queue.store import Store, StoreUnavailable
 from remotegpu_queue.units import ClaimResult
@@ -112,6 +118,8 @@ class Agent:
         self._watcher = DirectoryWatcher()
         self._launcher = Launcher(self._attempts_dir, placement)
         self._standing = Standing(config.control_plane.url)
+        self._draining = Drain(store, self._clock, on_changed=self._on_free)
+        self._host_watch = self._make_host_watch()
         inline_limit_bytes = config.results.inline_limit_kb * limits.KIB
         self._reports = Reports(names.agent_id, self._attempts_dir, inline_limit_bytes)
         self._books = Books(store, self._reports, self._clock, names.boot_id)
@@ -119,10 +127,21 @@ class Agent:
         self._leases = self._make_leases()
         self._executor.leases = self._books.leases = self._leases
         self._dispatcher = Dispatcher(
-            store, self._executor, self._clock, capacity_of(config.capacity), on_decided=self._on_decided
+            store,
+            self._executor,
+            self._clock,
+            capacity_of(config.capacity),
+            holds_start=self._standing.holds_start,
+            on_decided=self._on_decided,
         )
+        self._breaker = self._make_breaker()
         self._progress = ProgressFollower(loops, self._watcher, self._executor.store_progress)
         self._executor.watch(started=self._follow_progress, ended=lambda run: self._progress.forget(run.attempt_id))
+        self._executor.watch(started=self._breaker.started, ended=self._breaker.ended)
+        self._executor.watch(started=_ignore, ended=lambda _: self._draining.look_again())
+        self._standing.drain_sentence = lambda: self._draining.sentence
+        self._standing.host_blocks = lambda: self._host_watch.blocks
+        self._standing.breaker_block = lambda: self._breaker.block
         self._api = self._make_api()
         self._plane: ControlPlane | None = None
         self._presence: Presence | None = None
@@ -186,6 +205,30 @@ class Agent:
             on_report=self._on_report,
         )
 
+    def _make_host_watch(self) -> HostWatch:
+        admission = self._config.admission
+        floors = Floors(
+            disk_bytes=round(admission.disk_free_gb * limits.GIB),
+            inodes=admission.inodes_free,
+            memory_bytes=round(admission.memory_free_gb * limits.GIB),
+        )
+        return HostWatch(floors, lambda: read_host(self._state_dir), on_changed=self._on_free)
+
+    def _make_breaker(self) -> BreakerKeeper:
+        section = self._config.breaker
+        return BreakerKeeper(
+            self._store,
+            self._clock,
+            self._loops,
+            Rules(section.failures, section.within, section.probe_interval, section.probe_max_interval),
+            boot_id=self._names.boot_id,
+            command=section.canary_command,
+            new_id=_new_id,
+            active=self._executor.active.values,
+            on_changed=self._on_decided,
+            on_submitted=self._on_free,
+        )
+
     def _make_leases(self) -> LeaseKeeper:
         lease = self._config.lease
         settings = LeaseSettings(
@@ -223,6 +266,8 @@ class Agent:
             announcer=self._announcer,
             watcher=self._watcher,
             standing=self._standing,
+            draining=self._draining,
+            letters=DeadLetters(self._store, self._names.boot_id, on_resent=self._on_report),
             clock=self._clock,
             new_id=_new_id,
         )
@@ -296,6 +341,7 @@ class Agent:
             random=random.random,
             new_id=_new_id,
             blocked=self._standing.blocked,
+            bound=self._breaker.room,
             can_release=self._can_release,
             on_claimed=self._on_claimed,
         )
@@ -304,16 +350,21 @@ class Agent:
 
     async def _take_over(self) -> None:
         await self._store.write(lambda db: units.rebase(db, self._names.boot_id))
+        await self._draining.load()
+        await self._breaker.load()
+        await self._host_watch.look()
         ended = await self._store.read(views.ended_runs)
         found = await self._launcher.adopt(settled=frozenset(directory_name(*key) for key in ended))
         recovered = await recover(self._store, self._executor, found)
         log.info("took stock", adopted=recovered.adopted, finished=recovered.finished)
 
     def _start_loops(self) -> None:
+        self._loops.run_forever("host-watch", self._host_watch.run)
         self._loops.run_forever("dispatch", self._dispatcher.run)
         if self._presence and self._claimer and self._reporter:
             self._loops.run_forever("presence", self._presence.run)
             self._loops.run_forever("claims", self._claimer.run)
+            self._loops.run_forever("canary", self._breaker.run)
             self._loops.run_forever("reports", self._reporter.run)
 
     # --- who tells whom ---
@@ -376,10 +427,7 @@ class Agent:
                 await self._executor.stop(attempt_id, Cause.CANCELLED)
             except StoreUnavailable as error:
                 log.error("a cancellation cannot be stored; it comes again", attempt_id=attempt_id, error=str(error))
-        if answer.wants_drain != self._standing.is_draining:
-            self._standing.is_draining = answer.wants_drain
-            log.info("draining" if answer.wants_drain else "no longer draining", asked_by="control plane")
-            self._on_free()
+        self._draining.plane_wants(answer.wants_drain)
 
     def _follow_progress(self, active: Active) -> None:
         self._progress.follow(active.attempt_id, *self._executor.progress_file(active))
@@ -402,6 +450,10 @@ class Agent:
             labels=self._config.agent.labels,
             hardware=info.model_dump(mode="json"),
         )
+
+
+def _ignore(_active: Active) -> None:
+    """Not everybody cares for starts."""
 
 
 def _new_id() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Callable
+from typing import Protocol
 
 from remotegpu_agent.clock import Clock
 from remotegpu_agent.executor import Executor
@@ -16,15 +17,29 @@ from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId
 
 
+class Holds(Protocol):
+    """Says why a waiting task may not start, whatever is free; None if it may."""
+
+    def __call__(self, *, is_local: bool) -> str | None: ...
+
+
 class Dispatcher:
     """Wake it with `changed`; it also wakes by itself when a retry's delay is over. Tells after each decision."""
 
     def __init__(
-        self, store: Store, executor: Executor, clock: Clock, capacity: Capacity, *, on_decided: Callable[[], None]
+        self,
+        store: Store,
+        executor: Executor,
+        clock: Clock,
+        capacity: Capacity,
+        *,
+        holds_start: Holds,
+        on_decided: Callable[[], None],
     ) -> None:
         self._store = store
         self._executor = executor
         self._clock = clock
+        self._holds_start = holds_start
         self._on_decided = on_decided
         self._changed = asyncio.Event()
         self.capacity = capacity
@@ -50,6 +65,9 @@ class Dispatcher:
         impossible = scheduling.never_fits(attempt.task.resources, self.capacity)
         if impossible is not None:
             return impossible
+        held = self._holds_start(is_local=attempt.origin == "local")
+        if held is not None:
+            return held
         if self.free().slots < 1:
             return f"all {self.capacity.slots} slots are taken (capacity.max_concurrent)"
         return self._reasons.get(attempt.attempt_id) or "waits behind tasks that are more urgent or older"
@@ -75,7 +93,11 @@ class Dispatcher:
         found, next_ready_ns, self.is_outbox_full = await self._store.read(look)
         active = self._executor.active
         live = {run.task_id for run in active.values()}
-        waiting = {item.attempt_id: item for item in found if item.attempt_id not in active}
+        waiting = {
+            item.attempt_id: item
+            for item in found
+            if item.attempt_id not in active and self._holds_start(is_local=item.is_local) is None
+        }
         plan = scheduling.plan(
             waiting.values(),
             self.capacity,

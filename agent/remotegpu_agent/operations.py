@@ -10,6 +10,9 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Literal, Protocol
 
 from remotegpu_schemas.api import (
+    DeadLetter,
+    DeadLetterPage,
+    DrainAnswer,
     LogChunk,
     Ping,
     ProcessStopAnswer,
@@ -104,4 +107,36 @@ class Operations(Protocol):
 
     async def queue_status(self) -> QueueStatus:
         """Counts per state, capacity, reports that wait, and how the agent stands with the control plane."""
+        ...
+
+    # --- the host as a whole ---
+
+    async def drain(self, by: str, reason: str) -> DrainAnswer:
+        """Take on no more tasks from now on, over restarts too; what runs goes on. The first order stays."""
+        ...
+
+    async def undrain(self) -> DrainAnswer:
+        """Take back the order of `drain`; one of the control plane stays."""
+        ...
+
+    async def drain_state(self, *, wait_s: float = 0.0) -> DrainAnswer:
+        """How far the host is emptied; with `wait_s` the answer waits until it is, or the time is over."""
+        ...
+
+    # --- dead letters ---
+
+    async def dead_letters(self, *, limit: int, offset: int) -> DeadLetterPage:
+        """One page of reports that were refused for good, oldest first, without their bodies."""
+        ...
+
+    async def show_dead_letter(self, letter_id: int) -> DeadLetter:
+        """One of them, with all that it says. Raises Refused: DEAD_LETTER_NOT_FOUND."""
+        ...
+
+    async def resend_dead_letter(self, letter_id: int) -> DeadLetter:
+        """Put it up for delivery as if it had never been tried. Raises Refused: DEAD_LETTER_NOT_FOUND."""
+        ...
+
+    async def drop_dead_letter(self, letter_id: int) -> DeadLetter:
+        """Forget it for good. Raises Refused: DEAD_LETTER_NOT_FOUND."""
         ...

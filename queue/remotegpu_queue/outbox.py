@@ -114,20 +114,21 @@ def due_reports(db: sqlite3.Connection, now_ns: int, limit: int) -> tuple[list[R
     """The oldest report of each attempt that is due, and when the next other one will be (CLOCK_BOOTTIME ns)."""
     rows = db.execute(SQL["due_reports"], {"now_ns": now_ns, "limit": limit}).fetchall()
     next_due = one(db, "next_due_report", {"now_ns": now_ns})[0]
-    return [
-        Report(
-            id=row["id"],
-            attempt_id=AttemptId(row["attempt_id"]),
-            task_id=TaskId(row["task_id"]),
-            kind=row["kind"],
-            body=json.loads(row["body"]),
-            created_at_ms=row["created_at_ms"],
-            first_try_at_ms=row["first_try_at_ms"],
-            tries=row["tries"],
-            last_error=row["last_error"],
-        )
-        for row in rows
-    ], next_due
+    return [_report(row) for row in rows], next_due
+
+
+def _report(row: sqlite3.Row) -> Report:
+    return Report(
+        id=row["id"],
+        attempt_id=AttemptId(row["attempt_id"]),
+        task_id=TaskId(row["task_id"]),
+        kind=row["kind"],
+        body=json.loads(row["body"]),
+        created_at_ms=row["created_at_ms"],
+        first_try_at_ms=row["first_try_at_ms"],
+        tries=row["tries"],
+        last_error=row["last_error"],
+    )
 
 
 def report_delivered(db: sqlite3.Connection, report: Report) -> None:
@@ -149,6 +150,38 @@ def report_dead(db: sqlite3.Connection, report_id: int, error: str) -> None:
     row = one(db, "report_dead", {"id": report_id, "error": error})
     if row is not None:
         _next(db, row["attempt_id"])
+
+
+def dead_letters(db: sqlite3.Connection, limit: int, offset: int) -> tuple[list[Report], int]:
+    """One page of what was set aside, oldest first, and how many there are."""
+    rows = db.execute(SQL["dead_letters"], {"limit": limit, "offset": offset}).fetchall()
+    return [_report(row) for row in rows], one(db, "count_reports", {})["dead"]
+
+
+def dead_letter(db: sqlite3.Connection, report_id: int) -> Report | None:
+    """One report that was set aside, or None."""
+    row = one(db, "dead_letter", {"id": report_id})
+    return _report(row) if row is not None else None
+
+
+def resend_dead(db: sqlite3.Connection, report_id: int, boot_id: str) -> bool:
+    """Put a dead letter up for delivery as if it had never been tried; False if there is none with this id.
+
+    Progress that has been overtaken meanwhile is dropped: only the latest is worth a report.
+    """
+    found = dead_letter(db, report_id)
+    if found is None:
+        return False
+    if found.kind == "progress" and one(db, "has_waiting_progress", {"attempt_id": found.attempt_id}) is not None:
+        return drop_dead(db, report_id)
+    one(db, "resend_dead", {"id": report_id, "boot_id": boot_id})
+    _next(db, found.attempt_id)
+    return True
+
+
+def drop_dead(db: sqlite3.Connection, report_id: int) -> bool:
+    """Forget a dead letter for good; False if there is none with this id."""
+    return one(db, "drop_dead", {"id": report_id}) is not None
 
 
 def drop_reports(db: sqlite3.Connection, attempt_id: AttemptId) -> None:

@@ -47,6 +47,7 @@ class Waiting:
     seq: int
     resources: Resources
     ready_boottime_ns: int = 0
+    is_local: bool = False
 
 
 @dataclass(frozen=True)

@@ -424,3 +424,17 @@ def meta(db: sqlite3.Connection, key: str, default: str) -> str:
     db.execute(SQL["add_meta"], {"key": key, "value": default})
     value: str = one(db, "get_meta", {"key": key})["value"]
     return value
+
+
+def set_meta(db: sqlite3.Connection, key: str, value: str | None) -> None:
+    """Store a value under `key` in place of the one before; None removes it. Safe to repeat."""
+    if value is None:
+        db.execute(SQL["drop_meta"], {"key": key})
+    else:
+        db.execute(SQL["set_meta"], {"key": key, "value": value})
+
+
+def find_meta(db: sqlite3.Connection, key: str) -> str | None:
+    """The value stored under `key`, or None."""
+    row = one(db, "get_meta", {"key": key})
+    return None if row is None else str(row["value"])

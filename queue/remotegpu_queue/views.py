@@ -46,9 +46,16 @@ def waiting(
             seq=row["seq"],
             resources=_resources(row["gpus"], row["cpus"], row["memory_gb"]),
             ready_boottime_ns=row["ready_boottime_ns"],
+            is_local=row["origin"] == "local",
         )
         for row in db.execute(SQL["waiting"], values)
     ]
+
+
+def count_claimed_waiting(db: sqlite3.Connection) -> int:
+    """How many claimed attempts wait for a start or a retry."""
+    count: int = one(db, "count_claimed_waiting")[0]
+    return count
 
 
 def next_ready_boottime_ns(db: sqlite3.Connection, now_ns: int) -> int | None:

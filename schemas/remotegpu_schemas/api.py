@@ -215,14 +215,65 @@ class ControlPlaneStatus(Message):
     error: str | None
 
 
+class BlockView(Message):
+    """A reason not to claim tasks: `kind` for machines, `reason` for people."""
+
+    kind: str
+    reason: str
+
+
+class DrainRequest(Message):
+    """Body of POST /drain, which may be empty; `reason` is shown wherever somebody asks why nothing runs."""
+
+    reason: Annotated[str, Field(max_length=limits.DRAIN_REASON_MAX_CHARS)] = ""
+
+
+class DrainAnswer(Message):
+    """Answer of GET and POST /drain and POST /undrain.
+
+    `is_drained` says that nothing runs and nothing claimed waits any more: the host may be taken away.
+    """
+
+    is_draining: bool
+    is_drained: bool
+    reason: str | None
+    by: str | None
+    since: str | None
+    running: int
+    waiting: int
+
+
+class DeadLetter(Message):
+    """A report that the control plane has refused for good, with its answer in `error` and all that it says."""
+
+    id: int
+    kind: str
+    task_id: str
+    attempt_id: str
+    created_at: str
+    tries: int
+    error: str | None
+    body: dict[str, Any]
+
+
+class DeadLetterPage(Message):
+    """GET /dead-letters?limit=&offset=, oldest first; bodies are left out here."""
+
+    dead_letters: list[DeadLetter]
+    total: int
+    limit: int
+    offset: int
+
+
 class QueueStatus(Message):
-    """GET /queue/status."""
+    """GET /queue/status. `blocks` is what keeps the agent from claiming tasks."""
 
     agent_id: str
     machine_id: str
     version: str
     state: Literal["ready", "draining", "degraded"]
     reasons: list[str]
+    blocks: list[BlockView]
     uptime_s: float
     tasks: dict[str, int]
     capacity: Capacity

@@ -34,6 +34,8 @@ class Code(enum.IntEnum):
     UNAVAILABLE = 30023
     ALREADY_EXISTS = 30024
     NOT_SUPPORTED = 30025
+    DEAD_LETTER_NOT_FOUND = 30026
+    HOST_FULL = 30027
     INTERNAL = 30099
 
 
@@ -70,6 +72,8 @@ CODES: Final[dict[Code, CodeInfo]] = {
     Code.UNAVAILABLE: CodeInfo(503, "the agent is starting or stopping", _NOT_RECEIVED),
     Code.ALREADY_EXISTS: CodeInfo(409, "already exists", _NOT_RECEIVED),
     Code.NOT_SUPPORTED: CodeInfo(501, "not supported by this version", _NOT_RECEIVED),
+    Code.DEAD_LETTER_NOT_FOUND: CodeInfo(404, "no such dead letter", _NOT_RECEIVED),
+    Code.HOST_FULL: CodeInfo(503, "this host has no room for another task", _NOT_RECEIVED),
     Code.INTERNAL: CodeInfo(500, "internal error", "retries with backoff"),
 }
 

@@ -60,6 +60,7 @@ API_BODY_MAX_BYTES = 4 * MIB
 TOKENS_FILE_MAX_BYTES = 64 * KIB
 AUDIT_LINE_MAX_BYTES = 4 * KIB
 """Holds ids, a path and a reason; appends of one page do not interleave in practice."""
+DRAIN_REASON_MAX_CHARS = 500
 API_LIST_MAX = 1000
 API_LIST_DEFAULT = 100
 API_FOLLOWERS_MAX = 64

@@ -139,6 +139,8 @@ class Host:
     announcer: Announcer
     reported: Told
     ended: Told
+    held: dict[bool, str]
+    """Why no local task (True), no claimed one (False) may start."""
 
     @property
     def store(self) -> Store:
@@ -185,6 +187,7 @@ async def host(directory: Path, *, slots: int = 2, continues: bool = False, **le
     async with open_store(directory) as opened:
         books = Books(opened.store, reports, clock, BOOT)
         dispatcher: Dispatcher | None = None
+        held: dict[bool, str] = {}
 
         def on_free() -> None:
             if dispatcher is not None:
@@ -213,7 +216,12 @@ async def host(directory: Path, *, slots: int = 2, continues: bool = False, **le
             has_process=lambda attempt_id: attempt_id in executor.active,
         )
         dispatcher = Dispatcher(
-            opened.store, executor, clock, Capacity(slots, 4.0, 4096), on_decided=lambda: reported("decided")
+            opened.store,
+            executor,
+            clock,
+            Capacity(slots, 4.0, 4096),
+            holds_start=lambda *, is_local: held.get(is_local),
+            on_decided=lambda: reported("decided"),
         )
         await launcher.start()
         parts = Host(
@@ -229,6 +237,7 @@ async def host(directory: Path, *, slots: int = 2, continues: bool = False, **le
             announcer,
             reported,
             ended,
+            held,
         )
         try:
             yield parts

@@ -33,6 +33,7 @@ class Claiming:
     claimer: Claimer
     claimed: Told
     reasons: list[str]
+    bounds: list[int | None]
     request_ids: list[str]
 
     @property
@@ -63,11 +64,12 @@ async def claiming(
     long_poll_s: float = 0.0,
     slots: int = 2,
     reasons: Sequence[str] = (),
+    bound: int | None = None,
     **plane: Any,
 ) -> AsyncGenerator[Claiming]:
     """The parts, a plane on which the agent is registered, and a claimer."""
     async with host(directory, slots=slots) as parts, contact(directory, parts.clock, **plane) as reached:
-        claimed, ids, blocked = Told(), list[str](), list(reasons)
+        claimed, ids, blocked, bounds = Told(), list[str](), list(reasons), [bound]
 
         def new_id() -> str:
             ids.append(f"request-{len(ids) + 1}")
@@ -86,6 +88,7 @@ async def claiming(
             random=lambda: 0.0,
             new_id=new_id,
             blocked=lambda: blocked,
+            bound=lambda: bounds[0],
             can_release=lambda: True,
             on_claimed=on_claimed,
         )
@@ -93,7 +96,7 @@ async def claiming(
         for fault in faults:
             reached.plane.faults.order("claim", fault)
         parts.loops.run_forever("claims", claimer.run)
-        yield Claiming(parts, reached, claimer, claimed, blocked, ids)
+        yield Claiming(parts, reached, claimer, claimed, blocked, bounds, ids)
         assert "claims" not in parts.loops.failures
 
 
@@ -296,3 +299,13 @@ async def test_what_was_claimed_is_found_again(tmp_path: Path) -> None:
 
         [attempt] = await until(look)
         assert (attempt.task.id, attempt.task.priority, attempt.state) == (task_id, 2, "assigned")
+
+
+async def test_f53_no_more_is_claimed_than_may_be_risked(tmp_path: Path) -> None:
+    """F53: an unproven host with many free slots asks for as many tasks as its breaker lets it, and no more."""
+    async with claiming(tmp_path, slots=8, bound=0) as claiming_:
+        await claiming_.contact.operator.submit(*[{"command": "true"}] * 5)
+        claiming_.bounds[0] = 2
+        claiming_.claimer.changed()
+        [results] = await claiming_.claimed.wait(1)
+        assert len(results) == 2

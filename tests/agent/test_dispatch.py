@@ -166,3 +166,25 @@ async def test_a_cancel_between_two_runs_is_not_lost(parts: Host) -> None:
     ended = await parts.attempt(attempt.attempt_id)
     assert (ended.state, ended.cause) == (TaskState.CANCELLED, Cause.CANCELLED)
     assert not await parts.executor.stop(attempt.attempt_id, Cause.CANCELLED)
+
+
+async def test_f24_nothing_starts_while_the_host_has_no_room(parts: Host) -> None:
+    """F24: what waits stays where it is, with the reason; it starts when there is room again."""
+    waiting = await parts.add("waiting", **SLEEP)
+    parts.held[True] = parts.held[False] = "3 MiB of disk are free"
+    await parts.dispatcher.decide()
+    assert parts.executor.active == {}
+    assert parts.dispatcher.reason(waiting) == "3 MiB of disk are free"
+    parts.held.clear()
+    await parts.dispatcher.decide()
+    assert set(parts.executor.active) == {waiting.attempt_id}
+
+
+async def test_what_was_claimed_starts_though_local_tasks_are_held(parts: Host) -> None:
+    """A drain: a claimed task has a lease that is meant for running; a local one waits."""
+    await parts.add("local", **SLEEP)
+    claimed = await parts.add("claimed", origin="control_plane", ttl_s=300.0, **SLEEP)
+    parts.held[True] = "draining"
+    await parts.dispatcher.decide()
+    assert set(parts.executor.active) == {claimed.attempt_id}
+    assert not parts.dispatcher.has_blocked

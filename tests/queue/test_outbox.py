@@ -178,3 +178,70 @@ def test_f16_what_is_due_is_found_at_once_in_a_long_outbox(db: sqlite3.Connectio
     assert _steps(db, "due_reports", values) + _steps(db, "next_due_report", {"now_ns": 5}) <= 2
     assert _steps(db, "due_reports", {**values, "now_ns": 10**18}) <= 20
     assert _steps(db, "has_complete", {"attempt_id": "nobody"}) <= 1
+
+
+def _letters(db: sqlite3.Connection) -> list[int]:
+    return [letter.id for letter in outbox.dead_letters(db, 100, 0)[0]]
+
+
+def test_dead_letters_are_paged_oldest_first(db: sqlite3.Connection) -> None:
+    """A page, and how many there are in all; one alone is found by its number, one that waits is none."""
+    for name in ("a1", "a2", "a3", "a4"):
+        report(db, name, "complete")
+    for each in due(db)[:3]:
+        outbox.report_dead(db, each.id, "30005")
+    page, total = outbox.dead_letters(db, 2, 1)
+    assert ([letter.attempt_id for letter in page], total) == (["a2", "a3"], 3)
+    found = outbox.dead_letter(db, page[0].id)
+    assert found is not None
+    assert (found.attempt_id, found.last_error) == ("a2", "30005")
+    assert outbox.dead_letter(db, due(db)[0].id) is None
+
+
+def test_a_dead_letter_that_is_sent_again_is_as_new(db: sqlite3.Connection) -> None:
+    """Due at once, its tries forgotten; what is delivered then is no dead letter any more."""
+    report(db, "a1", "complete")
+    first = due(db)[0]
+    outbox.report_retry(db, first.id, 0, "503", 7)
+    outbox.report_dead(db, first.id, "30005")
+    assert outbox.resend_dead(db, first.id, BOOT)
+    [again] = due(db)
+    assert (again.id, again.tries, again.first_try_at_ms) == (first.id, 0, None)
+    assert not outbox.resend_dead(db, first.id, BOOT)
+    assert _letters(db) == []
+
+
+def test_a_dead_letter_waits_its_turn_behind_one_that_is_due(db: sqlite3.Connection) -> None:
+    """An attempt never has two reports under way: what is sent again goes next."""
+    report(db, "a1", "start")
+    report(db, "a1", "complete")
+    first = due(db)[0]
+    outbox.report_dead(db, first.id, "30005")
+    assert outbox.resend_dead(db, first.id, BOOT)
+    assert _kinds(db) == [("a1", "complete")]
+    outbox.report_delivered(db, due(db)[0])
+    assert _kinds(db) == [("a1", "start")]
+
+
+def test_progress_that_was_overtaken_is_not_sent_again(db: sqlite3.Connection) -> None:
+    """Only the latest progress is worth a report: an older dead one is dropped instead."""
+    report(db, "a1", "progress")
+    first = due(db)[0]
+    outbox.report_dead(db, first.id, "30005")
+    report(db, "a1", "progress")
+    assert outbox.resend_dead(db, first.id, BOOT)
+    assert (_letters(db), len(due(db))) == ([], 1)
+
+
+def test_a_dropped_dead_letter_is_gone(db: sqlite3.Connection) -> None:
+    """Once; what waits for delivery cannot be dropped so."""
+    report(db, "a1", "complete")
+    report(db, "a2", "complete")
+    first, second = due(db)
+    outbox.report_dead(db, first.id, "30005")
+    assert (outbox.drop_dead(db, first.id), outbox.drop_dead(db, first.id), outbox.drop_dead(db, second.id)) == (
+        True,
+        False,
+        False,
+    )
+    assert _kinds(db) == [("a2", "complete")]

@@ -17,7 +17,7 @@ from remotegpu_schemas.states import TaskState
 MessageT = TypeVar("MessageT", bound=Message)
 
 _ID: Final = re.compile(limits.ID_PATTERN)
-_OFFSET_MAX: Final = 2**53
+OFFSET_MAX: Final = 2**53
 """The largest integer that every JSON reader holds exactly."""
 _SHOWN_MAX_CHARS: Final = 40
 
@@ -44,7 +44,7 @@ class ListQuery(Message):
         default=(), max_length=limits.LABELS_MAX_COUNT
     )
     limit: Annotated[int, Field(ge=1, le=limits.API_LIST_MAX)] = limits.API_LIST_DEFAULT
-    offset: Annotated[int, Field(ge=0, le=_OFFSET_MAX)] = 0
+    offset: Annotated[int, Field(ge=0, le=OFFSET_MAX)] = 0
 
     @property
     def labels(self) -> dict[str, str]:
@@ -62,9 +62,9 @@ class LogQuery(Message):
     """GET /tasks/{id}/logs."""
 
     stream: Literal["stdout", "stderr"] = "stdout"
-    offset: Annotated[int, Field(ge=-_OFFSET_MAX, le=_OFFSET_MAX)] = 0
+    offset: Annotated[int, Field(ge=-OFFSET_MAX, le=OFFSET_MAX)] = 0
     limit: Annotated[int, Field(ge=1, le=limits.OUTPUT_READ_MAX_BYTES)] = limits.OUTPUT_READ_MAX_BYTES
-    run: Annotated[int, Field(ge=1, le=_OFFSET_MAX)] | None = None
+    run: Annotated[int, Field(ge=1, le=OFFSET_MAX)] | None = None
     follow: bool = False
 
 

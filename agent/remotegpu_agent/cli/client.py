@@ -62,6 +62,10 @@ class Client:
         """As `get`; not repeated, so it happens at most once."""
         return self._call("POST", path, (), body, content_type, 0.0)
 
+    def delete(self, path: str) -> Json:
+        """As `post`."""
+        return self._call("DELETE", path, (), None, None, 0.0)
+
     @contextlib.contextmanager
     def follow(self, path: str, query: Sequence[tuple[str, object]]) -> Generator[Iterator[Json]]:
         """An open stream: the data of each Server-Sent Event, until it ends. Raises Stop."""

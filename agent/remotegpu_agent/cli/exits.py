@@ -41,7 +41,7 @@ class RefusedByAgent(Stop):
     """The agent's answer is a business error."""
 
     def __init__(self, business_code: int, message: str) -> None:
-        code = Exit.NOT_FOUND if business_code == TASK_NOT_FOUND else Exit.REFUSED
+        code = Exit.NOT_FOUND if business_code in {TASK_NOT_FOUND, DEAD_LETTER_NOT_FOUND} else Exit.REFUSED
         super().__init__(code, f"{message} (code {business_code})")
         self.business_code = business_code
         self.text = message
@@ -53,3 +53,4 @@ TASK_NOT_FOUND = 30004
 INVALID_PARAMETERS = 30005
 UNAUTHORIZED = 30016
 UNAVAILABLE = 30023
+DEAD_LETTER_NOT_FOUND = 30026

@@ -42,11 +42,15 @@ SELECT coalesce((SELECT max(seq) FROM attempts) - (SELECT min(seq) FROM attempts
 SELECT count(*) FROM attempts WHERE state IN ('pending', 'assigned', 'running', 'suspended', 'preempted');
 
 -- name: waiting
-SELECT attempt_id, task_id, priority, seq, gpus, cpus, memory_gb, ready_boottime_ns
+SELECT attempt_id, task_id, origin, priority, seq, gpus, cpus, memory_gb, ready_boottime_ns
 FROM attempts INDEXED BY attempts_waiting
 WHERE state IN ('pending', 'assigned')
   AND ready_boottime_ns <= :now_ns AND gpus <= :gpus AND cpus <= :cpus AND memory_gb <= :memory_gb
 ORDER BY priority, seq LIMIT :limit;
+
+-- name: count_claimed_waiting
+SELECT count(*) FROM attempts INDEXED BY attempts_waiting
+WHERE state IN ('pending', 'assigned') AND origin = 'control_plane';
 
 -- name: next_ready
 SELECT min(ready_boottime_ns) FROM attempts INDEXED BY attempts_delayed
@@ -146,7 +150,8 @@ DELETE FROM outbox WHERE attempt_id = :attempt_id AND is_dead = 0;
 -- name: next_report
 -- What is oldest now has its turn; a report that has it already keeps its due time.
 UPDATE outbox SET due_boottime_ns = 0
-WHERE id = (SELECT min(id) FROM outbox WHERE attempt_id = :attempt_id AND is_dead = 0) AND due_boottime_ns IS NULL;
+WHERE id = (SELECT min(id) FROM outbox WHERE attempt_id = :attempt_id AND is_dead = 0)
+  AND NOT EXISTS (SELECT 1 FROM outbox WHERE attempt_id = :attempt_id AND due_boottime_ns IS NOT NULL);
 
 -- name: has_complete
 SELECT 1 FROM outbox WHERE attempt_id = :attempt_id AND kind = 'complete' LIMIT 1;
@@ -175,6 +180,23 @@ WHERE id = :id AND due_boottime_ns IS NOT NULL;
 -- name: report_dead
 UPDATE outbox SET is_dead = 1, tries = tries + 1, last_error = :error, due_boottime_ns = NULL
 WHERE id = :id AND is_dead = 0 RETURNING attempt_id;
+
+-- name: dead_letters
+SELECT * FROM outbox INDEXED BY outbox_dead WHERE is_dead = 1 ORDER BY id LIMIT :limit OFFSET :offset;
+
+-- name: dead_letter
+SELECT * FROM outbox WHERE id = :id AND is_dead = 1;
+
+-- name: drop_dead
+DELETE FROM outbox WHERE id = :id AND is_dead = 1 RETURNING attempt_id;
+
+-- name: resend_dead
+-- Behind nothing: what the attempt had to say after it has been said.
+UPDATE outbox SET is_dead = 0, tries = 0, first_try_at_ms = NULL, boot_id = :boot_id
+WHERE id = :id AND is_dead = 1 RETURNING attempt_id;
+
+-- name: has_waiting_progress
+SELECT 1 FROM outbox WHERE attempt_id = :attempt_id AND kind = 'progress' AND is_dead = 0;
 
 -- name: count_reports
 SELECT (SELECT count(*) FROM outbox) - dead AS waiting, dead
@@ -213,3 +235,9 @@ SELECT value FROM meta WHERE key = :key;
 
 -- name: add_meta
 INSERT INTO meta (key, value) VALUES (:key, :value) ON CONFLICT (key) DO NOTHING;
+
+-- name: set_meta
+INSERT INTO meta (key, value) VALUES (:key, :value) ON CONFLICT (key) DO UPDATE SET value = excluded.value;
+
+-- name: drop_meta
+DELETE FROM meta WHERE key = :key;

@@ -10,6 +10,9 @@ from remotegpu_agent.operations import Stream
 from remotegpu_schemas.api import (
     Capacity,
     ControlPlaneStatus,
+    DeadLetter,
+    DeadLetterPage,
+    DrainAnswer,
     LogChunk,
     Ping,
     ProcessStopAnswer,
@@ -63,6 +66,25 @@ def chunk(text: str, offset: int = 0, *, is_end: bool = False) -> LogChunk:
     """A piece of standard output of the first run."""
     end = offset + len(text.encode())
     return LogChunk(stream="stdout", run_no=1, offset=offset, next_offset=end, text=text, is_end=is_end)
+
+
+DEAD_LETTER = DeadLetter(
+    id=17,
+    kind="complete",
+    task_id=TASK_ID,
+    attempt_id="attempt-1",
+    created_at="2026-02-05T12:00:00Z",
+    tries=1,
+    error="30005: exit_code is missing",
+    body={"exit_code": 0},
+)
+
+
+def drain_answer(reason: str | None) -> DrainAnswer:
+    """Draining for this reason, or not."""
+    is_on = reason is not None
+    by, since = ("root", "2026-02-05T12:00:00Z") if is_on else (None, None)
+    return DrainAnswer(is_draining=is_on, is_drained=False, reason=reason, by=by, since=since, running=1, waiting=0)
 
 
 class FakeOperations:
@@ -195,6 +217,44 @@ class FakeOperations:
             process_id=PROCESS_ID, state="stopped", task_id=TASK_ID, attempt_id="attempt-1", run_no=1
         )
 
+    async def drain(self, by: str, reason: str) -> DrainAnswer:
+        """As it says."""
+        self._called("drain", by=by, reason=reason)
+        return drain_answer(reason)
+
+    async def undrain(self) -> DrainAnswer:
+        """As it says."""
+        self._called("undrain")
+        return drain_answer(None)
+
+    async def drain_state(self, *, wait_s: float = 0.0) -> DrainAnswer:
+        """As it says."""
+        self._called("drain_state", wait_s=wait_s)
+        return drain_answer("new driver")
+
+    async def dead_letters(self, *, limit: int, offset: int) -> DeadLetterPage:
+        """As it says."""
+        self._called("dead_letters", limit=limit, offset=offset)
+        return DeadLetterPage(dead_letters=[DEAD_LETTER], total=1, limit=limit, offset=offset)
+
+    async def show_dead_letter(self, letter_id: int) -> DeadLetter:
+        """As it says."""
+        return self._letter("show_dead_letter", letter_id)
+
+    async def resend_dead_letter(self, letter_id: int) -> DeadLetter:
+        """As it says."""
+        return self._letter("resend_dead_letter", letter_id)
+
+    async def drop_dead_letter(self, letter_id: int) -> DeadLetter:
+        """As it says."""
+        return self._letter("drop_dead_letter", letter_id)
+
+    def _letter(self, call: str, letter_id: int) -> DeadLetter:
+        self._called(call, letter_id=letter_id)
+        if letter_id != DEAD_LETTER.id:
+            raise Refused(Code.DEAD_LETTER_NOT_FOUND)
+        return DEAD_LETTER
+
     async def queue_status(self) -> QueueStatus:
         """As it says."""
         self._called("queue_status")
@@ -204,6 +264,7 @@ class FakeOperations:
             version="0.1.0",
             state="ready",
             reasons=[],
+            blocks=[],
             uptime_s=1.0,
             tasks={"running": 1},
             capacity=Capacity(slots=1, slots_used=1, cpus=8, cpus_used=0, memory_mb=1024, memory_mb_used=0),

@@ -60,7 +60,7 @@ def test_group_help(cli: Cli) -> None:
     ("arguments", "message"),
     [
         (["lst"], "there is no verb 'lst' in this version; did you mean 'list'?"),
-        (["drain"], "there is no verb 'drain' in this version"),
+        (["top"], "there is no verb 'top' in this version"),
         (["config"], "'config' needs one of: show, check, path"),
         (["config", "chek"], "did you mean 'check'?"),
         (["token"], "'token' needs one of: new"),
