@@ -10,19 +10,22 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from dataclasses import dataclass
 from pathlib import Path
 
-from remotegpu_agent import VERSION, host, output_reading, process_stop
+from remotegpu_agent import VERSION, host, metrics, output_reading, process_stop
 from remotegpu_agent.announcer import Announcer
+from remotegpu_agent.canary import BreakerKeeper
 from remotegpu_agent.clock import Clock
 from remotegpu_agent.dead_letters import DeadLetters
 from remotegpu_agent.directory_watch import DirectoryWatcher
 from remotegpu_agent.dispatch import Dispatcher
 from remotegpu_agent.draining import Drain
 from remotegpu_agent.executor import Executor
+from remotegpu_agent.host_watch import HostWatch
 from remotegpu_agent.leases import LeaseKeeper
 from remotegpu_agent.operations import Stream
 from remotegpu_agent.output_reading import RunOutput
 from remotegpu_agent.runspec import check_runnable
 from remotegpu_agent.standing import Standing
+from remotegpu_agent.supervise import Loops
 from remotegpu_agent.task_views import task_detail, task_view
 from remotegpu_queue import units, views
 from remotegpu_queue.rows import Attempt, Run
@@ -70,6 +73,9 @@ class AgentOperations:
     standing: Standing
     draining: Drain
     letters: DeadLetters
+    breaker: BreakerKeeper
+    host_watch: HostWatch
+    loops: Loops
     clock: Clock
     new_id: Callable[[], str]
 
@@ -217,6 +223,29 @@ class AgentOperations:
         if not self.draining.is_on:
             return True
         return not self.executor.active and not await self.store.read(views.count_claimed_waiting)
+
+    async def metrics(self) -> bytes:
+        """All figures."""
+        counts = await self.store.read(views.counts)
+        total, free, readings = self.dispatcher.capacity, self.dispatcher.free(), self.host_watch.readings
+        return metrics.render(
+            metrics.Snapshot(
+                version=VERSION,
+                uptime_s=(self.clock.boottime_ns() - self.started_boottime_ns) / 1e9,
+                tasks=counts.by_state,
+                slots=total.slots,
+                slots_used=total.slots - free.slots,
+                blocks=frozenset(block.kind for block in self.standing.blocks()),
+                breaker=self.breaker.breaker.phase,
+                is_connected=self.standing.control_plane().is_connected,
+                reports_waiting=counts.reports_waiting,
+                dead_letters=counts.dead_letters,
+                loop_failures=self.loops.failures,
+                disk_free_bytes=readings.disk_free_bytes if readings is not None else None,
+                inodes_free=readings.inodes_free if readings is not None else None,
+                memory_available_bytes=readings.memory_available_bytes if readings is not None else None,
+            )
+        )
 
     # --- dead letters ---
 

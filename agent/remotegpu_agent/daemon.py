@@ -268,6 +268,9 @@ class Agent:
             standing=self._standing,
             draining=self._draining,
             letters=DeadLetters(self._store, self._names.boot_id, on_resent=self._on_report),
+            breaker=self._breaker,
+            host_watch=self._host_watch,
+            loops=self._loops,
             clock=self._clock,
             new_id=_new_id,
         )

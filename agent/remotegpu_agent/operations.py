@@ -123,6 +123,10 @@ class Operations(Protocol):
         """How far the host is emptied; with `wait_s` the answer waits until it is, or the time is over."""
         ...
 
+    async def metrics(self) -> bytes:
+        """All figures in the text format of Prometheus."""
+        ...
+
     # --- dead letters ---
 
     async def dead_letters(self, *, limit: int, offset: int) -> DeadLetterPage:

@@ -9,6 +9,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+
 from control_plane.faults import Respond
 from tests.end_to_end.agent_process import agent
 from tests.end_to_end.fleet import Fleet, fleet
@@ -38,6 +40,13 @@ async def cli(command: list[str]) -> tuple[int, str, str]:
     return process.returncode or 0, out.decode(), err.decode()
 
 
+async def host_metrics(all_of_it: Fleet) -> tuple[int, str]:
+    """Status and text."""
+    connector = aiohttp.UnixConnector(str(all_of_it.host.socket))
+    async with aiohttp.ClientSession(connector=connector) as session, session.get("http://localhost/metrics") as answer:
+        return answer.status, await answer.text()
+
+
 async def blocks(all_of_it: Fleet) -> list[str]:
     """Why the agent claims nothing."""
     return [block["kind"] for block in (await all_of_it.host.get("/queue/status"))["blocks"]]
@@ -52,6 +61,8 @@ async def test_f53_a_broken_host_burns_a_few_tasks_and_comes_back_by_itself(tmp_
         status = await all_of_it.host.get("/queue/status")
         assert status["state"] == "degraded"
         assert f"{ALLOWED} different tasks in a row failed within 10 s" in status["reasons"][0]
+        code, text = await host_metrics(all_of_it)
+        assert (code, 'remotegpu_claims_blocked{reason="breaker_open"} 1.0' in text) == (200, True)
         # Canaries fail as long as the host is broken.
         await until(lambda: _canaries(all_of_it, "failed", 3))
         burnt = [

@@ -1,4 +1,4 @@
-"""Handlers of what an operator does to the agent as a whole: drain, undrain, dead letters."""
+"""Handlers of what an operator does to the agent as a whole: drain, undrain, dead letters, metrics."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 from remotegpu_agent.api.context import CALLER, context_of, note
 from remotegpu_agent.api.envelope import success
 from remotegpu_agent.api.parsing import OFFSET_MAX, ShowQuery, invalid, parse_query
+from remotegpu_agent.metrics import CONTENT_TYPE
 from remotegpu_schemas import limits
 from remotegpu_schemas.api import DrainRequest, Message
 from remotegpu_schemas.errors import Code, Refused
@@ -44,6 +45,12 @@ async def drain_state(request: web.Request) -> web.Response:
     context = context_of(request)
     wait_s = 0.0 if context.stopping.is_set() else parse_query(ShowQuery, request).wait
     return success(await context.operations.drain_state(wait_s=wait_s), context.now())
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """GET /metrics: Prometheus text, not wrapped."""
+    text = await context_of(request).operations.metrics()
+    return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
 
 async def list_dead_letters(request: web.Request) -> web.Response:

@@ -27,6 +27,8 @@ class Route:
     handler: Handler
     legacy_call: LegacyCall | None = None
     is_public: bool = False
+    root_path: str | None = None
+    """Where the call is found as well, outside of the base path."""
 
 
 class Followers:

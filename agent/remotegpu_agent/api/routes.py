@@ -28,6 +28,7 @@ ROUTES: Final = (
         legacy_call=LegacyCall.PROCESS_STOP,
     ),
     Route(name="queue_status", method="GET", path="/queue/status", handler=handlers.queue_status),
+    Route(name="metrics", method="GET", path="/metrics", handler=administration.metrics, root_path="/metrics"),
     Route(name="task_submit", method="POST", path="/tasks", handler=handlers.submit_tasks),
     Route(name="task_list", method="GET", path="/tasks", handler=handlers.list_tasks),
     Route(name="task_show", method="GET", path="/tasks/{task_id}", handler=handlers.show_task),

@@ -153,7 +153,10 @@ class ApiServer:
             client_max_size=self._settings.body_max_bytes,
         )
         routes: dict[object, Route] = {
-            app.router.add_route(route.method, BASE_PATH + route.path, route.handler): route for route in ROUTES
+            app.router.add_route(route.method, path, route.handler): route
+            for route in ROUTES
+            for path in (BASE_PATH + route.path, route.root_path)
+            if path is not None
         }
         app[CONTEXT] = Context(
             operations=self._operations,

@@ -232,6 +232,11 @@ class FakeOperations:
         self._called("drain_state", wait_s=wait_s)
         return drain_answer("new driver")
 
+    async def metrics(self) -> bytes:
+        """As it says."""
+        self._called("metrics")
+        return b"# EOF"
+
     async def dead_letters(self, *, limit: int, offset: int) -> DeadLetterPage:
         """As it says."""
         self._called("dead_letters", limit=limit, offset=offset)

@@ -74,3 +74,12 @@ async def test_numbers_of_no_dead_letter(api: Api, number: str, expected: tuple[
     """One that is not there is said so; what is no number is refused."""
     status, body = await api.call("GET", f"/api/v1/dead-letters/{number}")
     assert (status, body["code"]) == expected
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/api/v1/metrics"])
+async def test_metrics_need_a_token_that_may_read(api: Api, path: str) -> None:
+    """Prometheus finds them at either place; nobody without a token does."""
+    async with api.tcp.get(api.url + path, headers=READER) as answer:
+        assert (answer.status, answer.content_type, await answer.text()) == (200, "text/plain", "# EOF")
+    status, body = await api.call("GET", path, headers={})
+    assert (status, body["code"]) == (401, 30016)
