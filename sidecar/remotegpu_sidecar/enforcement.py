@@ -27,6 +27,10 @@ class Enforcement:
     A warning is due `warn_before_s` before the timeout and `lease_warn_s` before the lease's stop, once for each of
     them, and again for each renewed lease. One that would be due at the start already is left out: a task that has not
     begun has nothing to save, and no handler yet.
+
+    The lease's grace period is the spec's until the deadline first moves. From then on it is at most half of what is
+    left: a plane may grant less from one renewal to the next. Half, because the shim looks when a third of a lease is
+    over at least: with renewals in time, a grace period of a third of the lease is kept whole.
     """
 
     __slots__ = (
@@ -34,6 +38,7 @@ class Enforcement:
         "_grace_ns",
         "_is_lease_warned",
         "_is_timeout_warned",
+        "_lease_grace_max_ns",
         "_lease_grace_ns",
         "_lease_warn_ns",
         "_suspended_at_ns",
@@ -56,7 +61,7 @@ class Enforcement:
     ) -> None:
         self._timeout_at_ns = None if timeout_s is None else now_ns + round(timeout_s * _NS_PER_S)
         self._grace_ns = round(grace_period_s * _NS_PER_S)
-        self._lease_grace_ns = round(lease_grace_s * _NS_PER_S)
+        self._lease_grace_max_ns = self._lease_grace_ns = round(lease_grace_s * _NS_PER_S)
         self._warn_ns = _ns(warn_before_s)
         self._lease_warn_ns = _ns(lease_warn_s)
         self._deadline_ns = deadline_ns
@@ -71,10 +76,12 @@ class Enforcement:
         """Whether the run stands still, and with it the timeout's clock."""
         return self._suspended_at_ns is not None
 
-    def move_deadline(self, deadline_ns: int | None) -> None:
+    def move_deadline(self, deadline_ns: int | None, now_ns: int) -> None:
         """The lease was renewed, shortened, or taken off. A stop under way only ever gets less time."""
         if deadline_ns != self._deadline_ns:
             self._is_lease_warned = False
+            if deadline_ns is not None:
+                self._lease_grace_ns = min(self._lease_grace_max_ns, max(0, deadline_ns - now_ns) // 2)
         self._deadline_ns = deadline_ns
         if self.kill_at_ns is not None and deadline_ns is not None:
             self.kill_at_ns = min(self.kill_at_ns, deadline_ns)

@@ -204,6 +204,7 @@ class Launcher:
 
     async def _obtain_shim(self, directory: Path) -> tuple[socket.socket, ProcessIdentity]:
         """A shim that waits for its go. One that said nothing has started nothing: a lost spawner costs a repeat."""
+        number: int | None = None
         for _ in range(_LAUNCH_ATTEMPTS):
             living = await self._living_spawner()
             try:
@@ -230,7 +231,9 @@ class Launcher:
                 if message is not None:
                     return channel, _hello_of(message, channel, directory)
                 channel.close()
-        raise LaunchError(f"the shim of run {directory.name} was lost before it could start anything")
+                number = living.complaint()
+        why = f": {os.strerror(number)} in the spawner" if number is not None else ""
+        raise LaunchError(f"the shim of run {directory.name} was lost before it could start anything{why}", number)
 
     async def _living_spawner(self) -> Spawner:
         async with self._spawner_lock:

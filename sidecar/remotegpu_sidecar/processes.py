@@ -36,6 +36,7 @@ class Processes:
         "_is_reaped",
         "_killed",
         "_pause_ms",
+        "_still_before",
         "_told",
         "group",
         "main",
@@ -53,6 +54,7 @@ class Processes:
         self._is_reaped = False
         self._is_killing = False
         self._pause_ms = _PAUSE_FIRST_MS
+        self._still_before: frozenset[tuple[int, int]] | None = None
         self._told: set[int] = set()
         self._killed: set[int] = set()
 
@@ -128,6 +130,9 @@ class Processes:
         if self._freeze():
             self.still_at_ns = now_ns + _FREEZE_MS * 1_000_000
             return self.group is not None and self.group.is_frozen()
+        if self._still_before is None:
+            stopped = (stat for stat in _family(_TELL_MAX_MS) if stat.state in "Tt")
+            self._still_before = frozenset((stat.pid, stat.start_ticks) for stat in stopped)
         self._signal_main_group(signal.SIGSTOP)
         give_up_ns, quiet_looks = now_ns + _SWEEP_MAX_MS * 1_000_000, 0
         told: set[int] = set()
@@ -148,13 +153,17 @@ class Processes:
         return quiet_looks == 2
 
     def move_again(self) -> None:
-        """Undo `still_round`."""
+        """Undo `still_round`; whom the task itself had stopped before stays so."""
         self._pause_ms = _PAUSE_FIRST_MS
+        still_before, self._still_before = self._still_before or frozenset(), None
         if self._thaw():
             return
-        self._signal_main_group(signal.SIGCONT)
-        for stat in _family(_RESUME_MAX_MS):
-            _signal(stat, signal.SIGCONT)
+        found = _family(_RESUME_MAX_MS)
+        if not still_before or not found:
+            self._signal_main_group(signal.SIGCONT)
+        for stat in found:
+            if (stat.pid, stat.start_ticks) not in still_before:
+                _signal(stat, signal.SIGCONT)
 
     def kill_round(self) -> None:
         """SIGKILL all that is there; what is not gone by then is for the next round, at `round_at_ns`.

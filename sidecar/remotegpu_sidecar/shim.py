@@ -54,7 +54,8 @@ def main(directory: str, channel: socket.socket) -> None:
     try:
         Shim(directory, channel).live()
     except BaseException as error:  # noqa: BLE001 - nothing may get back into the spawner's code
-        _tell(channel, {"error": f"the shim failed: {_where(error)}", "errno": getattr(error, "errno", None)})
+        number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+        _tell(channel, {"error": f"the shim failed: {_where(error)}", "errno": number})
     finally:
         os._exit(0)
 
@@ -270,7 +271,7 @@ class Shim:
 
     def _obey(self, signals: bytes, now_ns: int) -> None:
         if REREAD_SIGNAL in signals:
-            self._move_deadline()
+            self._move_deadline(now_ns)
             self._suspend_or_resume(now_ns)
         is_stop = STOP_SIGNAL in signals or SCOPE_STOP_SIGNAL in signals
         if is_stop and self._enforcement.request_stop(now_ns):
@@ -312,7 +313,7 @@ class Shim:
         if due_ns is None or now_ns < due_ns:
             return
         if self._enforcement.ended_by is None:
-            self._move_deadline()
+            self._move_deadline(now_ns)
             if self._enforcement.strike(now_ns):
                 self._processes.signal_all(_integer(self._spec["stop_signal"]))
             elif self._enforcement.warn(now_ns):
@@ -320,9 +321,9 @@ class Shim:
         if self._enforcement.is_kill_due(now_ns) and now_ns >= self._processes.round_at_ns:
             self._processes.kill_round()
 
-    def _move_deadline(self) -> None:
+    def _move_deadline(self, now_ns: int) -> None:
         self._deadline_ns = self._read_deadline(missing=self._deadline_ns)
-        self._enforcement.move_deadline(self._deadline_ns)
+        self._enforcement.move_deadline(self._deadline_ns, now_ns)
 
     def _read_deadline(self, missing: int | None) -> int | None:
         """The lease's deadline; `missing` without a file, or while it cannot be read once there was one."""

@@ -2,14 +2,15 @@
 
 Executed by the agent, or as a service for it, as `python -I -S -X utf8 spawner.py FD`, FD being one end of a SEQPACKET
 socket pair. A launch is the message {"dir": RUN_DIRECTORY} with one descriptor, the run's channel, which is handed to
-the shim. A launch that fails is answered on that channel with {"error": sentence, "errno": N}. At the end of the socket
-the agent is gone, and so is the spawner; the shims stay. Standard library only, single-threaded.
+the shim. A launch that fails is answered on that channel with {"error": sentence, "errno": N}; one whose channel did
+not arrive, because no descriptor was free, is answered with {"errno": N} on the socket. At its end the agent is gone, and so is the spawner; the shims stay. Standard library only, single-threaded.
 """
 
 from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -61,7 +62,7 @@ def serve(agent: socket.socket) -> None:
     """Fork a shim for each launch message. Whatever a message holds, the next one is served."""
     while True:
         try:
-            message, ancillary, _flags, _address = agent.recvmsg(
+            message, ancillary, flags, _address = agent.recvmsg(
                 LAUNCH_MAX_BYTES, socket.CMSG_SPACE(_FDS_MAX * 4), socket.MSG_CMSG_CLOEXEC
             )
         except OSError:
@@ -69,6 +70,9 @@ def serve(agent: socket.socket) -> None:
         fds = _descriptors(ancillary)
         if not message and not fds and _has_hung_up(agent):
             return
+        if flags & socket.MSG_CTRUNC and not fds:
+            _complain(agent, errno.EMFILE)
+            continue
         try:
             _launch(agent, message, fds)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -113,6 +117,11 @@ def _answer(fds: list[int], error: Exception) -> None:
     for fd in fds[:1]:
         with contextlib.suppress(OSError):  # nobody listens
             os.write(fd, answer)
+
+
+def _complain(agent: socket.socket, number: int) -> None:
+    with contextlib.suppress(OSError):  # nobody reads them: the agent has been told often enough
+        agent.send(json.dumps({"errno": number}).encode("ascii"), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
 def _close_all_but(kept: int) -> None:

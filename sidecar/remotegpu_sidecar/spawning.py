@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -56,6 +57,14 @@ class Spawner:
                     return
                 except BlockingIOError:
                     await self._until_writable()
+
+    def complaint(self) -> int | None:
+        """The errno for which a launch could not even be answered; None if there was none lately."""
+        number = None
+        with contextlib.suppress(OSError, ValueError):  # nothing there, or gone
+            while message := self._socket.recv(spawner.LAUNCH_MAX_BYTES):
+                number = int(json.loads(message)["errno"])
+        return number
 
     async def stop(self, *, is_stuck: bool = False) -> None:
         """Let it go by itself, or kill it when it is stuck or slow. Safe to repeat."""

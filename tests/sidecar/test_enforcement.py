@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from remotegpu_sidecar.enforcement import EXIT, LEASE, STOP, TIMEOUT, Enforcement
 
@@ -83,11 +85,11 @@ def test_earlier_of_timeout_and_lease_wins() -> None:
 def test_renewal_moves_the_strike() -> None:
     """Both ways."""
     run = make(deadline_s=200)
-    run.move_deadline(300 * S)
+    run.move_deadline(300 * S, 110 * S)
     assert run.next_ns() == 290 * S
-    run.move_deadline(150 * S)
+    run.move_deadline(150 * S, 111 * S)
     assert run.next_ns() == 140 * S
-    run.move_deadline(None)
+    run.move_deadline(None, 112 * S)
     assert run.next_ns() is None
 
 
@@ -95,10 +97,47 @@ def test_renewal_does_not_prolong_a_stop_but_an_earlier_deadline_shortens_it() -
     """Once the stop signal is out, time only gets less."""
     run = make(deadline_s=200)
     run.strike(190 * S)
-    run.move_deadline(900 * S)
+    run.move_deadline(900 * S, 191 * S)
     assert run.kill_at_ns == 200 * S
-    run.move_deadline(195 * S)
+    run.move_deadline(195 * S, 192 * S)
     assert run.kill_at_ns == 195 * S
+
+
+@given(st.floats(1, 600), st.floats(0, 600), st.lists(st.floats(0.1, 1.0), min_size=1, max_size=30))
+def test_a_lease_that_is_renewed_in_time_is_kept_whatever_its_length(
+    ttl_s: float, grace_s: float, shares: list[float]
+) -> None:
+    """Renewals of any shorter length, each as soon as a third of the last one is over: nothing is ever stopped.
+
+    Without further ones the stop comes before the last deadline, and the kill at it at the latest.
+    """
+    now_ns, deadline_ns = 100 * S, 100 * S + round(ttl_s * S)
+    run = make(grace_s=grace_s, lease_grace_s=min(grace_s, ttl_s / 3), deadline_s=deadline_ns / S)
+    for number, share in enumerate(shares, 1):
+        now_ns += (deadline_ns - now_ns) // 3
+        while (due_ns := run.next_ns() or 0) < now_ns:  # its timer strikes, and it looks
+            run.move_deadline(deadline_ns, due_ns)
+            assert not run.strike(due_ns)
+        before_ns, deadline_ns = deadline_ns, now_ns + round(ttl_s * share * S) + number  # never twice the same
+        if deadline_ns < before_ns:  # it is told
+            run.move_deadline(deadline_ns, now_ns)
+            assert not run.strike(now_ns)
+    while (due_ns := run.next_ns() or 0) < deadline_ns and not run.ended_by:
+        run.move_deadline(deadline_ns, due_ns)
+        run.strike(due_ns)
+    run.strike(deadline_ns)
+    assert run.ended_by == LEASE
+    assert run.kill_at_ns is not None
+    assert run.kill_at_ns <= deadline_ns
+
+
+def test_shorter_renewals_shorten_the_grace_period_of_the_lease() -> None:
+    """A plane that grants 10 s where the claim had 60: the stop comes in the middle, not at once."""
+    run = make(grace_s=30, lease_grace_s=20, deadline_s=160)
+    run.move_deadline(130 * S, 120 * S)
+    assert run.next_ns() == 125 * S
+    run.move_deadline(200 * S, 125 * S)
+    assert run.next_ns() == 180 * S
 
 
 def test_first_cause_stays() -> None:
@@ -146,14 +185,14 @@ def test_warning_comes_before_the_stop_of_the_lease_and_a_renewal_takes_it_back(
     """Each deadline has its own; one that was renewed in time has none."""
     run = make(deadline_s=200, lease_warn_s=30)
     assert run.next_ns() == 160 * S
-    run.move_deadline(300 * S)
+    run.move_deadline(300 * S, 150 * S)
     assert run.next_ns() == 260 * S
     assert not run.warn(200 * S)
     assert run.warn(260 * S)
     assert not run.warn(270 * S)
-    run.move_deadline(300 * S)
+    run.move_deadline(300 * S, 270 * S)
     assert not run.warn(271 * S), "the same deadline, read again"
-    run.move_deadline(400 * S)
+    run.move_deadline(400 * S, 272 * S)
     assert run.next_ns() == 360 * S
     assert run.warn(360 * S)
 
@@ -214,7 +253,7 @@ def test_lease_goes_on_while_suspended() -> None:
     run.suspend(110 * S)
     assert run.next_ns() == 160 * S
     assert run.warn(160 * S)
-    run.move_deadline(300 * S)
+    run.move_deadline(300 * S, 165 * S)
     assert not run.strike(190 * S)
     assert run.strike(290 * S)
     assert (run.ended_by, run.kill_at_ns, run.is_suspended) == (LEASE, 300 * S, False)
@@ -255,8 +294,8 @@ def _happen(run: Enforcement, event: str, now_ns: int) -> None:
         case "timeout":
             run.strike(170 * S)
         case "lease":
-            run.move_deadline(now_ns + S)
-            run.strike(now_ns)
+            run.move_deadline(now_ns + S, now_ns)
+            run.strike(now_ns + S)
         case "suspend":
             run.suspend(now_ns)
         case "resume":

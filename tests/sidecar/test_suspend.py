@@ -97,6 +97,32 @@ async def test_busy_loops_use_no_processor_while_suspended(launcher: Launcher, t
 
 
 @both_placements
+async def test_whom_the_task_had_stopped_itself_stays_so(launcher: Launcher, tmp_path: Path) -> None:
+    """A process that the task holds with SIGSTOP is not woken by a resume; the others go on."""
+    script = (
+        f"sleep 1000 & echo $! >{tmp_path}/held; kill -STOP $!; echo up >{tmp_path}/up; while :; do :; done & wait"
+    )
+    run = await launched(launcher, make_spec(*sh(script)))
+    await until_file(tmp_path / "up")
+    held = int((tmp_path / "held").read_text())
+    await until(lambda: state_of(held) == "T", "the task's own stop")
+    run.suspend()
+    await _is_on_record(run)
+    before = _ticks_of(run)
+    run.resume()
+    await until(lambda: _ticks_of(run) != before, "the others to go on")
+    await until(lambda: "resumed" in lines(run), "the resumption to be on record")
+    assert state_of(held) == "T"
+    run.kill()
+    await ended_of(run)
+
+
+def state_of(pid: int) -> str:
+    """One letter, as in proc(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@both_placements
 async def test_suspended_and_stopped_at_any_moment(launcher: Launcher, tmp_path: Path) -> None:
     """A stop right behind a suspension, proven or not, ends the run as a stop; nothing waits for the grace period."""
     for number in range(1, 11):
