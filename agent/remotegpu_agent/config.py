@@ -137,9 +137,19 @@ class BreakerSection(Form):
 
 
 class OutputSection(Form):
-    """`output:`; the bound of what is kept of one run's output, in MiB."""
+    """`output:`; the bound of what is kept of one run's output, in MiB, and in how large pieces the oldest goes.
+
+    `retain` is how many of its newest files are kept of each stream beside the first: the bound is cut into
+    2 * (retain + 1) files.
+    """
 
     max_size_mb: Annotated[int, Field(ge=1, le=1024 * 1024)] = 100
+    retain: Annotated[int, Field(ge=1, le=limits.OUTPUT_RETAIN_MAX)] = 7
+
+    @property
+    def segments(self) -> int:
+        """Files in all."""
+        return 2 * (self.retain + 1)
 
 
 class LegacyCallerSection(Form):

@@ -37,7 +37,6 @@ _LATER: Final[Mapping[str, Any]] = {
         "on_reboot": "fail",
         "policy": {"allowed_commands": [], "blocked_patterns": [], "allowed_workdirs": []},
     },
-    "output": {"retain": 7},
     "retention": {"max_age": "7d", "max_size_gb": 10},
     "spool": {"enabled": True, "dir": None, "run_as_owner": False},
     "services_dir": "/etc/remotegpu-agent/services.d",
@@ -49,7 +48,7 @@ _LATER: Final[Mapping[str, Any]] = {
 }
 """Keys of interface.md that this version does not act on, each with its documented default, the one value it takes."""
 
-_SECTIONS: Final = frozenset({("control_plane",), ("capacity",), ("tasks",), ("output",), ("api",), ("results",)})
+_SECTIONS: Final = frozenset({("control_plane",), ("capacity",), ("tasks",), ("api",), ("results",)})
 """Sections of which this version acts on other keys."""
 
 

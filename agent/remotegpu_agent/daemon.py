@@ -189,6 +189,7 @@ class Agent:
             default_timeout_s=config.tasks.default_timeout,
             grace_period_s=config.tasks.grace_period,
             output_limit_bytes=config.output.max_size_mb * limits.MIB,
+            output_segments=config.output.segments,
             user=user,
             env=config.tasks.env,
             api_socket=config.api.socket,

@@ -39,6 +39,7 @@ class RunSettings:
     default_timeout_s: float
     grace_period_s: float
     output_limit_bytes: int
+    output_segments: int
     user: TaskUser | None
     env: Mapping[str, str]
     api_socket: Path | None = None
@@ -100,6 +101,7 @@ def build_run_spec(
         warn_before_s=warn.before_s if warn is not None else None,
         lease_warn_s=lease_warn_s,
         output_limit_bytes=settings.output_limit_bytes,
+        output_segments=settings.output_segments,
         run_limits=_run_limits(task.resources),
     )
 

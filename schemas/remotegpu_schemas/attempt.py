@@ -112,6 +112,8 @@ class RunSpec(Frozen):
     """How long before the timeout the warning is due; `lease_warn_s` likewise before the lease's stop."""
     lease_warn_s: Annotated[float, Field(gt=0)] | None = None
     output_limit_bytes: Annotated[int, Field(ge=limits.OUTPUT_LIMIT_MIN_BYTES)] = limits.OUTPUT_LIMIT_DEFAULT_BYTES
+    output_segments: Annotated[int, Field(ge=limits.OUTPUT_SEGMENTS_MIN)] = limits.OUTPUT_SEGMENTS_DEFAULT
+    """The limit is cut into so many files, of both streams together; the first and the newest are kept."""
     run_limits: RunLimits = RunLimits()
 
 

@@ -49,6 +49,11 @@ UPLOAD_HEADERS_MAX_COUNT = 64
 # Output of one run. The first segment and the newest ones are kept.
 OUTPUT_LIMIT_DEFAULT_BYTES = 100 * MIB
 OUTPUT_LIMIT_MIN_BYTES = 64 * KIB
+# The newest segments that are kept of each stream beside its first (`output.retain`): each is a file, and a directory
+# of some hundred is read as fast as one of a few.
+OUTPUT_RETAIN_MAX = 99
+OUTPUT_SEGMENTS_MIN = 4
+OUTPUT_SEGMENTS_DEFAULT = 16
 OUTPUT_READ_MAX_BYTES = MIB
 
 # The largest line of a run record is the spec, with arguments and environment (execve allows 2 MiB for both).

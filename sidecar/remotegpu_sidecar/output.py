@@ -2,22 +2,27 @@
 
 The shim writes (`OutputWriter`), anyone reads at any time (`read_output`). Standard library only.
 
-The bound is shared: both streams together have at most SEGMENTS_MAX segments of a SEGMENTS_MAX-th of the limit each.
-At the bound the stream with the most segments gives up its oldest one but the first, so a quiet stream stays whole
-beside a loud one. What the disk has no room for is dropped and counted as well; the next segment starts at its true
-offset.
+The bound is shared: both streams together have at most so many segments, each of its share of the limit. At the bound
+the stream with the most segments gives up its oldest one but the first, so a quiet stream stays whole beside a loud
+one. What the disk has no room for is dropped and counted as well; the next segment starts at its true offset.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 
 STREAMS = ("stdout", "stderr")
-SEGMENTS_MAX = 16
-BUFFER_BYTES = 128 * 1024
+SEGMENTS_DEFAULT = 16
+"""What records say nothing of."""
+MORE_BYTES = 64 * 1024
+"""Who got so many at once may find more."""
 
+_READ_BYTES = 4096
+_SPLICE_BYTES = 1024 * 1024
+_SPLICE_F_NONBLOCK = 2
 _RETRY_S = 0.5
 _READ_ATTEMPTS = 8
 
@@ -46,13 +51,16 @@ class _Stream:
 
 
 class OutputWriter:
-    """Moves bytes from the task's pipes to segments in a directory, through one fixed buffer."""
+    """Moves bytes from the task's pipes to segments in a directory, in the kernel where that can be (splice(2)).
 
-    def __init__(self, dir_fd: int, limit_bytes: int) -> None:
+    Decision record 0007 has the figures. `segments_max` is at least 4: the first and the newest of both streams.
+    """
+
+    def __init__(self, dir_fd: int, limit_bytes: int, segments_max: int = SEGMENTS_DEFAULT) -> None:
         self._dir_fd = dir_fd
-        self._segment_bytes = max(limit_bytes // SEGMENTS_MAX, 1)
-        # Made with the first byte: most tasks that sleep say nothing, and a bytearray is zeroed, which costs memory.
-        self._buffer: memoryview | None = None
+        self._segments_max = segments_max
+        self._segment_bytes = max(limit_bytes // segments_max, 1)
+        self._can_splice = True
         self._streams = [_Stream(name) for name in STREAMS]
         self._retry_at_s = 0.0
         self.dropped_bytes = 0
@@ -62,15 +70,31 @@ class OutputWriter:
         return self._streams[stream].end
 
     def pump(self, stream: int, fd: int) -> int:
-        """Move what one read of a non-blocking pipe gives. The bytes moved; 0 at its end, -1 when it is empty."""
-        if self._buffer is None:
-            self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        """Move some of what is in a non-blocking pipe. The bytes moved; 0 at its end, -1 when it is empty."""
+        target = self._streams[stream]
         try:
-            count = os.readv(fd, [self._buffer])
+            if target.fd >= 0 and self._can_splice:
+                count = self._splice(target, fd)
+                if count is not None:
+                    return count
+            # Also what makes a segment: one without a byte is not to be.
+            data = os.read(fd, _READ_BYTES if self._can_splice else MORE_BYTES)
         except BlockingIOError:
             return -1
-        if count:
-            self.write(stream, self._buffer[:count])
+        self.write(stream, memoryview(data))
+        return len(data)
+
+    def _splice(self, target: _Stream, fd: int) -> int | None:
+        """As `pump`; None where it cannot be done so: the bytes are still in the pipe. Raises BlockingIOError."""
+        room = self._segment_bytes - target.sizes[-1]
+        try:
+            count = os.splice(fd, target.fd, min(room, _SPLICE_BYTES), flags=_SPLICE_F_NONBLOCK)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self._can_splice = error.errno != errno.EINVAL  # not by this file system
+            return None
+        self._grown(target, count)
         return count
 
     def write(self, stream: int, data: memoryview) -> None:
@@ -88,11 +112,14 @@ class OutputWriter:
                 self._end_segment(target)
                 self._drop(target, len(data))
                 return
-            target.end += written
-            target.sizes[-1] += written
-            if target.sizes[-1] >= self._segment_bytes:
-                self._end_segment(target)
+            self._grown(target, written)
             data = data[written:]
+
+    def _grown(self, target: _Stream, count: int) -> None:
+        target.end += count
+        target.sizes[-1] += count
+        if target.sizes[-1] >= self._segment_bytes:
+            self._end_segment(target)
 
     def close(self) -> None:
         """End the open segments. Safe to repeat."""
@@ -103,7 +130,7 @@ class OutputWriter:
         if time.monotonic() < self._retry_at_s:
             return False
         self._make_room()
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             stream.fd = os.open(segment_name(stream.name, stream.end), flags, 0o600, dir_fd=self._dir_fd)
         except OSError:
@@ -121,7 +148,7 @@ class OutputWriter:
             self._remove(stream, len(stream.starts) - 1)
 
     def _make_room(self) -> None:
-        while sum(len(stream.starts) for stream in self._streams) >= SEGMENTS_MAX:
+        while sum(len(stream.starts) for stream in self._streams) >= self._segments_max:
             loudest = max(self._streams, key=lambda stream: len(stream.starts))
             self.dropped_bytes += loudest.sizes[1]
             self._remove(loudest, 1)

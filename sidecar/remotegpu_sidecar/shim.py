@@ -45,7 +45,7 @@ _BLOCK_BYTES = 512  # of ru_inblock and ru_oublock, whatever the disk's are
 _RETRY_S = 1.0
 _PIPE_BYTES = 256 * 1024
 # Of a loud task so much is taken before the other stream, the signals and the clock have their turn: a millisecond.
-_PUMPS_MAX = 8
+_PUMPS_MAX = 4
 _NS_PER_S = 1_000_000_000
 
 
@@ -120,7 +120,8 @@ class Shim:
         if "spec" not in lines:
             raise ValueError(f"the run record has no spec: {'; '.join(complaints) or 'it is empty'}")
         self._spec = lines["spec"]
-        self._output = output.OutputWriter(self._dir_fd, _integer(self._spec["output_limit_bytes"]))
+        segments_max = _integer(self._spec.get("output_segments", output.SEGMENTS_DEFAULT))
+        self._output = output.OutputWriter(self._dir_fd, _integer(self._spec["output_limit_bytes"]), segments_max)
         # What is to be written at the end has its place on the disk before anything begins.
         kernel.reserve(self._record_fd, _LINES_RESERVE_BYTES)
         self._append("shim", {"shim": self._identity.as_json()})
@@ -238,7 +239,7 @@ class Shim:
             count = self._output.pump(self._pipes[fd], fd)
             if count == 0:
                 self._close_pipe(fd)
-            if count < output.BUFFER_BYTES:
+            if count < output.MORE_BYTES:
                 return
 
     def _close_pipe(self, fd: int) -> None:

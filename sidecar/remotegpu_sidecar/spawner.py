@@ -3,7 +3,8 @@
 Executed by the agent, or as a service for it, as `python -I -S -X utf8 spawner.py FD`, FD being one end of a SEQPACKET
 socket pair. A launch is the message {"dir": RUN_DIRECTORY} with one descriptor, the run's channel, which is handed to
 the shim. A launch that fails is answered on that channel with {"error": sentence, "errno": N}; one whose channel did
-not arrive, because no descriptor was free, is answered with {"errno": N} on the socket. At its end the agent is gone, and so is the spawner; the shims stay. Standard library only, single-threaded.
+not arrive, because no descriptor was free, is answered with {"errno": N} on the socket. At its end the agent is gone,
+and so is the spawner; the shims stay. Standard library only, single-threaded.
 """
 
 from __future__ import annotations

@@ -259,6 +259,7 @@ def run_settings(state_dir: Path, **changes: Any) -> RunSettings:
         "default_timeout_s": 0.0,
         "grace_period_s": 10.0,
         "output_limit_bytes": 1024 * 1024,
+        "output_segments": 16,
         "user": None,
         "env": {},
     }

@@ -80,7 +80,6 @@ DOCUMENTED_KEYS = {
     "tasks.isolation.readonly_paths": "[]",
     "tasks.isolation": "{readonly_paths: [], writable_paths: []}",
     "tasks.policy.allowed_commands": "[]",
-    "output.retain": "7",
     "retention.max_age": "168h",
     "spool.enabled": "true",
     "spool.dir": "null",
@@ -129,6 +128,7 @@ def test_default_values() -> None:
     assert (config.capacity.max_concurrent, config.capacity.cpus, config.capacity.memory_gb) == (None, None, None)
     assert (config.tasks.default_timeout, config.tasks.grace_period, config.tasks.run_as) == (0.0, 30.0, None)
     assert (config.api.listen, config.api.socket) == ("127.0.0.1:8090", Path("/run/remotegpu-agent/agent.sock"))
+    assert (config.output.retain, config.output.segments) == (7, 16)
     assert (config.output.max_size_mb, config.results.inline_limit_kb) == (100, 64)
     assert (config.log.level, config.log.format) == ("info", "auto")
 
@@ -304,6 +304,9 @@ def test_duplicate_sections() -> None:
         ("agent: {state_dir: 5}", "'agent.state_dir' must be an absolute path"),
         ("agent: {id: 'a b'}", "'agent.id' must begin with a letter or digit"),
         ("agent: {labels: [a]}", "'agent.labels' must be a mapping"),
+        ("output: {retain: 0}", "'output.retain' must be at least 1, not 0"),
+        ("output: {retain: 100}", "'output.retain' must be at most 99, not 100"),
+        ("output: {retain: 7d}", "'output.retain' must be a whole number, not the text '7d'"),
         ("output: {max_size_mb: 0}", "'output.max_size_mb' must be at least 1, not 0"),
         ("output: {max_size_mb: 1.5}", "'output.max_size_mb' must be a whole number"),
         ("output: {max_size_mb: '100'}", "'output.max_size_mb' must be a whole number, not the text '100'"),

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import resource
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from remotegpu_sidecar.output import SEGMENTS_MAX, OutputWriter, read_output, segment_name
+from remotegpu_sidecar.output import SEGMENTS_DEFAULT, OutputWriter, read_output, segment_name
 
 LIMIT = 64 * 1024
-SEGMENT = LIMIT // SEGMENTS_MAX
+SEGMENT = LIMIT // SEGMENTS_DEFAULT
 
 Write = Callable[[int, bytes], None]
 
@@ -144,6 +149,51 @@ def test_pipe_is_moved_through(writer: OutputWriter, tmp_path: Path) -> None:
     finally:
         os.close(reader)
     assert read_output(tmp_path, "stdout", 0, 10)[1] == b"hello"
+
+
+@given(
+    st.integers(1, 9),
+    st.lists(st.tuples(st.integers(0, 1), st.integers(1, 20_000)), min_size=1, max_size=30),
+    st.booleans(),
+)
+def test_first_and_newest_are_kept_whatever_is_to_be_retained(
+    retain: int, writes: list[tuple[int, int]], can_splice: bool
+) -> None:
+    """Through pipes, in the kernel or by hand: true bytes within the bound; the first and the newest are there."""
+    segments = 2 * (retain + 1)
+    segment_bytes, ends = LIMIT // segments, [0, 0]
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        directory = Path(name)
+        dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, dir_fd)
+        writer = OutputWriter(dir_fd, LIMIT, segments)
+        writer._can_splice = can_splice  # as where the file system cannot
+        stack.callback(writer.close)
+        pipes = [os.pipe() for _ in ends]
+        for fd in itertools.chain(*pipes):
+            stack.callback(os.close, fd)
+        for reader, _ in pipes:
+            os.set_blocking(reader, False)
+        for stream, count in writes:
+            reader, sender = pipes[stream]
+            os.write(sender, pattern(ends[stream], count))
+            ends[stream] += count
+            while writer.pump(stream, reader) > 0:
+                pass
+            assert writer.end_offset(stream) == ends[stream]
+            assert sum(path.stat().st_size for path in directory.iterdir()) <= LIMIT
+        kept_bytes = 0
+        for stream, word in enumerate(("stdout", "stderr")):
+            pieces = whole(directory, word)
+            kept_bytes += sum(len(data) for _, data in pieces)
+            assert all(data == pattern(start, len(data)) for start, data in pieces)
+            if ends[stream]:
+                assert pieces[0][0] == 0
+                assert len(pieces[0][1]) >= min(ends[stream], segment_bytes)
+                newest = pieces[-1]
+                assert newest[0] + len(newest[1]) == ends[stream]
+                assert len(newest[1]) >= min(ends[stream], (retain - 1) * segment_bytes)
+        assert kept_bytes + writer.dropped_bytes == sum(ends)
 
 
 def test_f29_reader_stays_true_beside_a_writer_that_drops(writer: OutputWriter, tmp_path: Path) -> None:
