@@ -230,7 +230,7 @@ class Executor:
         state, record = (found.state, found.record) if found is not None else (AdoptedState.NEVER_STARTED, None)
         if found is not None and (found.left_pids or state is AdoptedState.UNREADABLE):
             await self._clear(active, found)
-        if active.stop_cause is None and record is not None and was_stopped(record) and _is_of_another_boot(record):
+        if active.stop_cause is None and record is not None and was_stopped(record) and _is_of_another_boot(record, self._books.boot_id):
             active.stop_cause = Cause.HOST_SHUTDOWN  # no agent asked for it, nor lived to see it
         missing = _MISSING.get(state, Missing.SHIM_LOST)
         await self._finish(active, record, lambda cause: _judged(record, missing, cause))
@@ -434,8 +434,8 @@ def was_stopped(record: RunRecord) -> bool:
     return record.ended is not None and record.ended.ended_by is EndedBy.STOP
 
 
-def _is_of_another_boot(record: RunRecord) -> bool:
-    return record.started is not None and record.started.shim.boot_id != identity.boot_id()
+def _is_of_another_boot(record: RunRecord, boot_id: str) -> bool:
+    return record.started is not None and record.started.shim.boot_id != boot_id
 
 
 def _judged(record: RunRecord | None, missing: str, stop_cause: Cause | None) -> Outcome:
