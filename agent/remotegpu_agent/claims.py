@@ -117,6 +117,7 @@ class Claimer:
         """One claim, repeated with the same request id until it is answered. Returns how long to pause (s)."""
         request = self._request(room)
         first_sent_ns: int | None = None
+        may_have_been_obeyed = False
         while True:
             asked_ns = self._clock.boottime_ns()
             reply = await self._plane.claim(request)
@@ -128,8 +129,10 @@ class Claimer:
             self._failures += 1
             log.warning("a claim was not answered", error=reply.answer.message, failures=self._failures)
             await asyncio.sleep(self._retry_after_s(reply))
-            if reply.verdict is not Verdict.RETRY:
-                return 0.0  # the plane did answer: the next claim is a new one
+            # What was given to it is to be had by the same request only, and else lapses.
+            may_have_been_obeyed |= reply.verdict in {Verdict.RETRY, Verdict.AMBIGUOUS}
+            if reply.verdict is Verdict.INVALID or not may_have_been_obeyed:
+                return 0.0  # it was refused: the next claim is a new one
 
     def _request(self, room: int) -> ClaimRequest:
         free = self._dispatcher.free()
