@@ -419,7 +419,10 @@ class Agent:
 
     async def _hasten_starts(self) -> None:
         now_ns = self._clock.boottime_ns()
-        await self._store.write(lambda db: outbox.hasten_starts(db, now_ns))
+        try:
+            await self._store.write(lambda db: outbox.hasten_starts(db, now_ns))
+        except StoreUnavailable as error:
+            log.error("start reports cannot be brought forward; they go in their own time", error=str(error))
         self._on_report()
 
     def _on_registered(self) -> None:

@@ -132,6 +132,25 @@ def _share(low: float, high: float) -> Callable[[Simulation], float]:
     return lambda sim: sim.random.uniform(low, high)
 
 
+def _slow_then_cut_off(sim: Simulation, fault: Fault) -> Callable[[], object]:
+    """What the agent has heard of its next task it heard late, and then nothing more for longer than a lease."""
+    link = sim.network.links[fault.machine.id]
+    link.late_answers_s = sim.random.uniform(2.0, 7.0)
+
+    def cut(_: object) -> None:
+        link.is_cut = True
+
+    trap = Trap("tree", 1, cut)
+    fault.machine.traps.append(trap)
+
+    def end() -> None:
+        if trap in fault.machine.traps:
+            fault.machine.traps.remove(trap)
+        link.late_answers_s, link.is_cut = 0.0, False
+
+    return end
+
+
 def _restart_plane(sim: Simulation, fault: Fault) -> Callable[[], object]:
     for reply in sim.plane.go_down():
         reply(0, b"")
@@ -200,6 +219,7 @@ FAULTS: Final[dict[str, Begin]] = {
     "lose answers": _attribute(_link, drop_answer=_share(0.1, 0.7)),
     "duplicate": _attribute(_link, duplicate=_share(0.1, 0.6)),
     "slow network": _attribute(_link, slowness_s=_share(1.0, 12.0)),
+    "slow, then cut off": _slow_then_cut_off,
     "overload": _attribute(_link, overload=_share(0.2, 1.0)),
     "hiccups": _attribute(_link, hiccup=_share(0.1, 0.7)),
     "garble": _attribute(_link, garble=_share(0.1, 0.7)),
@@ -218,5 +238,8 @@ FAULTS: Final[dict[str, Begin]] = {
     "suspend": _suspend,
     "collide": _collide,
 }
+
+LONG: Final = frozenset({"slow, then cut off"})
+"""These mean nothing unless they outlast a lease."""
 
 USUAL: Final = tuple(kind for kind in FAULTS if not kind.startswith("kill at ") or kind == "kill at a point")

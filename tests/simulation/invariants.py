@@ -5,6 +5,7 @@ change of a stored state, each request and answer, each end of a lease; and as a
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -62,12 +63,17 @@ class Judge:
     machines: list[Machine] = field(default_factory=list)
     say: Callable[..., None] = lambda *_: None
     violation: str | None = None
+    gives_up_promise_2: bool = False
+    """`lease.on_unreachable: continue`: a run may outlive its lease, and another one of its task may begin."""
+    seen: Counter[str] = field(default_factory=Counter)
+    """How often what happened: a test of a fault has to see that fault."""
     local_tasks: dict[str, str] = field(default_factory=dict)
     """Local tasks whose submission was acknowledged, and on which machine."""
     suspects: set[str] = field(default_factory=set)
     """Attempts whose record lost lines in a power cut."""
     _trees: dict[str, list[tuple[Machine, Shim]]] = field(default_factory=dict)
     _ends: dict[str, list[RunEnded | None]] = field(default_factory=dict)
+    _heard: set[tuple[str, str, int | None]] = field(default_factory=set)
     _asked: dict[str, _Asked] = field(default_factory=dict)
     _last_request: dict[int, str] = field(default_factory=dict)
 
@@ -83,9 +89,12 @@ class Judge:
         """At most one tree per task, within its lease, and none beyond the host's capacity."""
         spec = shim.directory.spec
         self.say(machine.id, "tree starts", shim.directory.name)
+        self.seen["trees"] += 1
         trees = self._trees.setdefault(spec.task_id, [])
         for other, living in trees:
-            if not self._was_taken_away(living.directory.spec.attempt_id) or other is machine:
+            ids = spec.attempt_id, living.directory.spec.attempt_id
+            may_be_two = self.gives_up_promise_2 or any(self._was_taken_away(each) for each in ids)
+            if not may_be_two or other is machine:
                 self.violated(
                     f"two process trees of task {spec.task_id}: {shim.directory.name} on {machine.id}, "
                     f"{living.directory.name} on {other.id}"
@@ -119,6 +128,7 @@ class Judge:
         """The tree is empty."""
         spec, ended = shim.directory.spec, shim.directory.ended
         self.say(machine.id, "tree ends", shim.directory.name, ended.ended_by if ended else "without a word")
+        self.seen["ended by their lease"] += ended is not None and ended.ended_by is EndedBy.LEASE
         trees = self._trees[spec.task_id]
         trees[:] = [each for each in trees if each[1] is not shim]
         self._ends.setdefault(spec.attempt_id, []).append(ended)
@@ -136,12 +146,18 @@ class Judge:
         """A lease has ended: its tree is dead by now (promise 2)."""
         self.say("plane", "lease ends of", attempt.id)
         for machine, shim in self._trees.get(attempt.task.id, []):
-            if shim.directory.spec.attempt_id == attempt.id:
+            if shim.directory.spec.attempt_id == attempt.id and not self.gives_up_promise_2:
                 self.violated(f"{shim.directory.name} on {machine.id} lives on after the end of its lease")
+
+    def taken_away(self, attempt: PlaneAttempt) -> None:
+        """An operator of the plane has given the task to others while this attempt may still run."""
+        self.say("plane", "takes away", attempt.task.id, "from", attempt.id)
+        self.seen["taken away"] += 1
 
     def accepted(self, attempt: PlaneAttempt, status: str, body: JsonObject) -> None:
         """A result counts: from the task's last attempt, once, and it is what has happened."""
         self.say("plane", "accepts", attempt.id, status, body.get("cause"))
+        self.seen["results accepted"] += 1
         task = attempt.task
         if task.attempt is not attempt:
             self.violated(f"the result of {attempt.id} was accepted; the task is with {task.attempt and task.attempt.id}")
@@ -197,7 +213,12 @@ class Judge:
 
     def arrived(self, process: Process, path: str, body: JsonObject) -> None:
         """The plane has a request."""
-        self.say("plane", "hears", path, body.get("attempt_id") or body.get("request_id") or "")
+        kind, name = path.rpartition("/")[2], body.get("attempt_id") or body.get("request_id") or ""
+        self.say("plane", "hears", path, name)
+        if kind in {"claim", "start", "complete"}:
+            key = (kind, name, body.get("run_no"))
+            self.seen[f"{kind}s repeated"] += key in self._heard
+            self._heard.add(key)
 
     def answered(self, process: Process, path: str, body: JsonObject, status: int) -> None:
         """An answer has come back to its sender."""
@@ -219,6 +240,7 @@ class Judge:
     def agent_ended(self, machine: Machine, process: Process) -> None:
         """Nothing of it has failed."""
         self.say(machine.id, "agent is gone")
+        self.seen["agents killed"] += 1
         self._check_failures(machine, process)
 
     def _check_failures(self, machine: Machine, process: Process) -> None:

@@ -167,16 +167,11 @@ class Process:
         """Let a future of this process have its result; false if nobody waits for it any more."""
         if not self.is_alive or future.done():
             return False
-
-        def tell() -> None:
-            if not future.done():
-                if error is not None:
-                    future.set_exception(error)
-                    future.exception()  # whoever was cancelled at this moment does not take it
-                else:
-                    future.set_result(result)
-
-        self.loop.call_soon(tell)
+        if error is not None:
+            future.set_exception(error)
+            future.exception()  # whoever was cancelled at this moment does not take it
+        else:
+            future.set_result(result)
         return True
 
     def unwind(self) -> None:

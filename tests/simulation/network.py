@@ -29,6 +29,8 @@ Http = tuple[int, Mapping[str, str], bytes]
 
 _LIES: Final = (Code.ATTEMPT_MISMATCH, Code.LEASE_EXPIRED, Code.TASK_NOT_FOUND)
 _BARE: Final = (404, 409, 410)
+_SAID_BEFORE: Final = frozenset({401, 429})
+"""Whoever says that has not done what he was asked for."""
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Link:
     drop_answer: float = 0.0
     duplicate: float = 0.0
     slowness_s: float = 0.0
+    late_answers_s: float = 0.0
     overload: float = 0.0
     """429 or 503 with Retry-After, instead of an answer."""
     hiccup: float = 0.0
@@ -101,7 +104,7 @@ class Network:
             self._break(process, answered)
             return
         false = self._false_answer(link, path)
-        if false is not None and chance() < 0.5:
+        if false is not None and (false[0] in _SAID_BEFORE or chance() < 0.5):
             self._answer(process, path, body, answered, *false)
             return
 
@@ -155,7 +158,7 @@ class Network:
             if not self.links[process.machine_id].is_cut and process.settle(answered, (status, headers, content)):
                 self.judge.answered(process, path, body, status)
 
-        self.timeline.after(self._delay_s(link), deliver)
+        self.timeline.after(self._delay_s(link) + link.late_answers_s, deliver)
 
 
 class SimulatedControlPlane(ControlPlane):

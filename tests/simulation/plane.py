@@ -91,6 +91,7 @@ class Witness(Protocol):
 
     def claimed(self, attempt: PlaneAttempt) -> None: ...
     def lapsed(self, attempt: PlaneAttempt) -> None: ...
+    def taken_away(self, attempt: PlaneAttempt) -> None: ...
     def accepted(self, attempt: PlaneAttempt, status: str, body: JsonObject) -> None: ...
     def task_ended(self, task: PlaneTask) -> None: ...
 
@@ -167,6 +168,7 @@ class Plane:
         attempt = task.attempt if task is not None else None
         if task is not None and attempt is not None and attempt.state.is_open and not task.is_final:
             attempt.was_taken_away = True
+            self.witness.taken_away(attempt)
             self._give_back(attempt, AttemptState.LAPSED)
 
     def go_down(self) -> list[Reply]:
@@ -362,11 +364,12 @@ class Plane:
         refusal = self._refusal(attempt)
         is_late = refusal is not None and refusal.code is Code.LEASE_EXPIRED
         if body.get("cause") == Cause.LEASE_LOST and (refusal is None or is_late):
+            ended_at_ms = task.ended_at_ms
             if attempt.state.is_open:
                 self._give_back(attempt, AttemptState.GIVEN_UP)
             elif attempt.state is AttemptState.LAPSED:
                 attempt.state = AttemptState.GIVEN_UP
-            return _ended(task)
+            return _ended(task) | {"ended_at": _time(ended_at_ms)}
         if refusal is not None and not is_late:
             raise refusal
         status = body.get("status") or ("completed" if body["exit_code"] == 0 else "failed")
@@ -390,7 +393,7 @@ class Plane:
         """Look when the lease ends."""
         expires_ms = task.lease_expires_ms
         if expires_ms is not None:
-            at_s = expires_ms / 1000 - EPOCH_S - self.ahead_s + 0.0005
+            at_s = expires_ms / 1000 - EPOCH_S - self.ahead_s
             self.timeline.at(max(at_s, self.timeline.now_s), lambda: self._reap(task, expires_ms))
 
     def _reap(self, task: PlaneTask, expires_ms: int) -> None:

@@ -464,6 +464,7 @@ class SimulatedLauncher(Launcher):
             state = AdoptedState.NEVER_STARTED
         elif shim is not None and shim.is_alive:
             state, run = AdoptedState.RUNNING, SimulatedRun(self._process, shim)
+            self._machine.judge.seen["runs adopted"] += 1
         elif not directory.has_starting and directory.started is None:
             state = AdoptedState.NEVER_STARTED
         elif directory.shim.boot_id == self._machine.boot_id:

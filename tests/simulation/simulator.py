@@ -8,6 +8,7 @@ After the last fault everything is mended; then all tasks have to end, and all r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import shlex
@@ -28,21 +29,21 @@ from remotegpu_agent.config import (
 )
 from remotegpu_queue.store import StoreUnavailable
 from remotegpu_schemas.api import ProcessStopRequest, StopSignal
-from remotegpu_schemas.attempt import RunSpec
+from remotegpu_schemas.attempt import AttemptId, RunSpec
 from remotegpu_schemas.errors import Refused
-from remotegpu_schemas.task import Backoff, RetryPolicy, Task
+from remotegpu_schemas.task import Backoff, OnUnreachable, RetryPolicy, Task
 from remotegpu_schemas.wire import JsonObject
 from tests.simulation.disk import Disk
-from tests.simulation.faults import FAULTS, USUAL, Fault
+from tests.simulation.faults import FAULTS, LONG, USUAL, Fault
 from tests.simulation.invariants import Judge, Violation
-from tests.simulation.machine import Machine
+from tests.simulation.machine import Machine, SimulatedAgent
 from tests.simulation.network import Link, Network
 from tests.simulation.plane import Plane
 from tests.simulation.processes import Script
 from tests.simulation.timeline import Timeline
 from tests.simulation.undisturbed import undisturbed
 
-_FAULTS_UNTIL_S: Final = 60.0
+_FAULTS_BEGIN_UNTIL_S: Final = 30.0
 _REST_WITHIN_S: Final = 7200.0
 """Back-offs and slow retries are bounded by five minutes; many of them may follow one another."""
 _STEPS_MAX: Final = 400_000
@@ -65,13 +66,13 @@ def _disks() -> list[Disk]:
 
 
 @functools.cache
-def _config(slots: int) -> Config:
+def _config(slots: int, on_unreachable: OnUnreachable) -> Config:
     return Config(
         agent=AgentSection(state_dir=_state_dir()),
         control_plane=ControlPlaneSection(
             url="http://plane.invalid", timeout=10.0, poll_interval=5.0, long_poll=20.0, heartbeat_interval=30.0
         ),
-        lease=LeaseSection(ttl=60.0, renew_interval=20.0, margin=1.0),
+        lease=LeaseSection(ttl=60.0, renew_interval=20.0, margin=1.0, on_unreachable=on_unreachable),
         capacity=CapacitySection(max_concurrent=slots, cpus=float(slots), memory_gb=8.0),
         tasks=TasksSection(grace_period=5.0),
         api=ApiSection(listen=None, socket=None),
@@ -106,6 +107,9 @@ class Simulation:
         self.network = Network(self.timeline, self.random, self.plane, self.judge)
         self._scripts: dict[str, list[Script]] = {}
         self._kinds = tuple(focus) or USUAL
+        continues = self.random.random() < 0.05
+        self.judge.gives_up_promise_2 = continues
+        self._on_unreachable = OnUnreachable.CONTINUE if continues else OnUnreachable.STOP
         self._ends: list[Callable[[], object]] = []
         self._has_healed = False
         self.machines = [self._machine(number) for number in range(self.random.choice((1, 2, 2, 3)))]
@@ -131,7 +135,7 @@ class Simulation:
             machine_id,
             self.timeline,
             self.random,
-            _config(self.random.choice((1, 2, 3))),
+            _config(self.random.choice((1, 2, 3)), self._on_unreachable),
             disk,
             self.network,
             self.judge,
@@ -147,9 +151,10 @@ class Simulation:
         count = random.choice((1, 1, 2, 2, 3, 4, 6))
         faults = []
         for _ in range(count):
+            kind, at_s = random.choice(self._kinds), random.uniform(0.3, _FAULTS_BEGIN_UNTIL_S)
             length_s = random.choice((0.5, 3.0, 10.0, 25.0, 50.0)) * random.random()
-            at_s = random.uniform(0.5, _FAULTS_UNTIL_S / 2)
-            faults.append(Fault(random.choice(self._kinds), random.choice(self.machines), at_s, length_s))
+            length_s += 40.0 if kind in LONG else 0.0
+            faults.append(Fault(kind, random.choice(self.machines), at_s, length_s))
         faults.sort(key=lambda fault: fault.at_s)
         for fault in faults:
             self.timeline.at(fault.at_s, functools.partial(self._begin, fault))
@@ -159,7 +164,7 @@ class Simulation:
 
     def _draw_tasks(self) -> None:
         random = self.random
-        for number in range(random.choice((2, 3, 4, 5, 6))):
+        for number in range(random.choice((1, 2, 3, 4, 6))):
             task_id, at_s = f"t{number + 1}", random.choice((0.0, random.uniform(0, 25)))
             retries = random.choice((0, 0, 1, 2))
             self._scripts[task_id] = [self._draw_script() for _ in range(retries + 1)]
@@ -208,7 +213,11 @@ class Simulation:
         return max(0.1, first if chance < 0.85 else first * 0.7)
 
     def _script_of(self, spec: RunSpec) -> Script:
+        """Asked for when the task starts; some tasks say how far they are."""
         scripts = self._scripts[spec.task_id]
+        if self.random.random() < 0.3:
+            for percent in (10.0, 60.0):
+                self.timeline.after(6.0 * self.random.random(), functools.partial(self._progress, spec, percent))
         return scripts[min(spec.run_no, len(scripts)) - 1]
 
     # --- what happens ---
@@ -277,6 +286,18 @@ class Simulation:
 
         self._say(machine.id, "is asked to", verb, ", ".join(run.task_id for run in chosen))
         process.loop.call_soon(lambda: process.loop.create_task(ask()))
+
+    def _progress(self, spec: RunSpec, percent: float) -> None:
+        """What `ProgressFollower` does when a task has written a line."""
+        for machine in self.machines:
+            process = machine.process
+            agent = process.agent if process is not None else None
+            if process is not None and agent is not None and spec.attempt_id in agent.executor.active:
+                process.loop.call_soon(process.loop.create_task, self._store_progress(agent, spec.attempt_id, percent))
+
+    async def _store_progress(self, agent: SimulatedAgent, attempt_id: AttemptId, percent: float) -> None:
+        with contextlib.suppress(StoreUnavailable):
+            await agent.executor.store_progress(attempt_id, percent, "on its way")
 
     def _submit_here(self, machine: Machine, task: Task) -> None:
         process = machine.process

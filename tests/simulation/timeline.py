@@ -109,12 +109,9 @@ class VirtualLoop(asyncio.AbstractEventLoop):
             self._timeline.is_not_runnable(self)
         if handle.cancelled():
             return
-        previous = events._get_running_loop()
-        events._set_running_loop(self)
-        try:
-            handle._run()
-        finally:
-            events._set_running_loop(previous)
+        if events._get_running_loop() is not self:
+            events._set_running_loop(self)
+        handle._run()
         if self.steps_left is not None:
             self.steps_left -= 1
             if self.steps_left <= 0:
@@ -160,6 +157,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
             steps_max -= 1
             self.run_one()
         self.kill()
+        events._set_running_loop(None)
         for task in tasks:
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # it is left as a killed process leaves it
 
