@@ -1,4 +1,5 @@
-"""A control plane in memory: strict fencing, idempotent claims, leases that lapse, as protocol.md says.
+"""A control plane in memory: strict fencing, idempotent claims, leases that lapse, as protocol.md says; or as deployed
+planes do, whose claims are not idempotent, who tell no lease's end, and renew only what has started.
 
 The same decisions as `examples/control_plane/store`, without its database, which is too slow for thousands of schedules a
 minute; `test_plane.py` holds the two against each other, call by call.
@@ -22,6 +23,7 @@ from tests.simulation.timeline import Timeline, Timer
 
 EPOCH_S = 1_770_000_000.0
 _LEASE_MAX_S = 86_400
+_ADDITIONS = frozenset({"resources", "grace_period_sec", "lease_ttl_sec", "renew_interval_sec"})
 _FINAL = frozenset({"completed", "failed", "cancelled"})
 
 Reply = Callable[[int, bytes], None]
@@ -97,7 +99,7 @@ class Witness(Protocol):
 
 
 class _Refused(Exception):
-    def __init__(self, code: Code, message: str) -> None:
+    def __init__(self, code: Code | int, message: str) -> None:
         super().__init__(message)
         self.code = code
 
@@ -122,6 +124,10 @@ class Plane:
     lease_ttl_s: float = 60.0
     attempts_max: int = 1000
     offers_release: bool = True
+    is_deployed: bool = False
+    """As deployed planes do (protocol.md); the two that follow matter only then."""
+    repeats_held: bool = True
+    hides_lease: bool = False
     ahead_s: float = 0.0
     """How far its clock is ahead of the schedule's."""
     is_down: bool = False
@@ -198,6 +204,7 @@ class Plane:
             self._claim(_Poll(machine_id, body, reply))
             return
         parts = path.split("/")
+        data: JsonObject | None
         try:
             match parts[1:]:
                 case ["register"]:
@@ -213,23 +220,28 @@ class Plane:
                     data = {"task_id": task_id, "progress": body["percent"]}
                 case ["tasks", task_id, "complete"]:
                     data = self._complete(self._look_up(machine_id, task_id, body), body)
-                case ["tasks", task_id, "release"] if self.offers_release:
+                case ["tasks", task_id, "release"] if self.offers_release and not self.is_deployed:
                     data = self._release(self._look_up(machine_id, task_id, body))
                 case _:
                     reply(404, b"404: Not Found")
                     return
         except _Refused as refusal:
-            reply(CODES[refusal.code].http_status, envelope(refusal.code, str(refusal)))
+            code = refusal.code
+            reply(CODES[code].http_status if isinstance(code, Code) else code, envelope(code, str(refusal)))
             return
         reply(200, envelope(0, "ok", data))
 
     def _register(self, machine_id: str, body: JsonObject) -> JsonObject:
         self.agents.add((body["agent_id"], machine_id))
+        if self.is_deployed:
+            return {"status": "online", "machine_id": machine_id}
         features = ["release"] if self.offers_release else []
         return {"status": "registered", "machine_id": machine_id, "features": features}
 
-    def _heartbeat(self, machine_id: str, body: JsonObject) -> JsonObject:
+    def _heartbeat(self, machine_id: str, body: JsonObject) -> JsonObject | None:
         agent_id = body["agent_id"]
+        if self.is_deployed:
+            return None
         if (agent_id, machine_id) not in self.agents:
             return {"status": "unknown", "needs_collect": True}
         cancelled = [
@@ -245,7 +257,7 @@ class Plane:
 
     def _claim(self, poll: _Poll) -> None:
         tasks = self._claimed(poll)
-        wait_s = poll.body.get("wait_sec") or 0
+        wait_s = 0 if self.is_deployed else poll.body.get("wait_sec") or 0
         if tasks or not wait_s:
             poll.reply(200, envelope(0, "ok", {"tasks": tasks}))
             return
@@ -267,18 +279,26 @@ class Plane:
 
     def _claimed(self, poll: _Poll) -> list[JsonObject]:
         """A repeated request gets what it got the first time, as far as that is still its own."""
-        body, now_ms = poll.body, self.now_ms
+        body = poll.body
         agent_id, request_id = body["agent_id"], body["request_id"]
         before = [a for a in self.attempts.values() if a.agent_id == agent_id and a.request_id == request_id]
-        if before:
-            before = [a for a in before if a.task.attempt is a and (a.task.lease_expires_ms or 0) > now_ms]
-            return [self._claimed_task(a) for a in sorted(before, key=lambda a: (a.task.priority, a.task.seq))]
-        slots = (body.get("capacity") or {}).get("slots", body["limit"])
+        if before and not self.is_deployed:
+            return [self._claimed_task(attempt) for attempt in self._live(before)]
+        slots = body["limit"] if self.is_deployed else (body.get("capacity") or {}).get("slots", body["limit"])
         count = min(body["limit"], slots, limits.CLAIM_MAX_TASKS)
+        held = []
+        if self.is_deployed and self.repeats_held:
+            held = self._live([a for a in self.attempts.values() if a.agent_id == agent_id])
         ready = [t for t in self.tasks.values() if t.status == "pending" and t.machine_id in {None, poll.machine_id}]
         ready.sort(key=lambda task: (task.priority, task.seq))
         given = [self._assign(task, poll.machine_id, agent_id, request_id) for task in ready[: max(count, 0)]]
-        return [self._claimed_task(attempt) for attempt in given]
+        return [self._claimed_task(attempt) for attempt in held + given]
+
+    def _live(self, attempts: list[PlaneAttempt]) -> list[PlaneAttempt]:
+        """Those that hold their tasks; in the order of the tasks."""
+        now_ms = self.now_ms
+        live = [a for a in attempts if a.task.attempt is a and (a.task.lease_expires_ms or 0) > now_ms]
+        return sorted(live, key=lambda attempt: (attempt.task.priority, attempt.task.seq))
 
     def _assign(self, task: PlaneTask, machine_id: str, agent_id: str, request_id: str) -> PlaneAttempt:
         ttl_ms = int((task.spec.get("lease_ttl_sec") or self.lease_ttl_s) * 1000)
@@ -291,6 +311,12 @@ class Plane:
 
     def _claimed_task(self, attempt: PlaneAttempt) -> JsonObject:
         task = attempt.task
+        if self.is_deployed:
+            spec = {key: value for key, value in task.spec.items() if key not in _ADDITIONS}
+            told = {"machine_id": attempt.machine_id, "attempt_id": attempt.id}
+            if not self.hides_lease:
+                told["lease_expires_at"] = _time(task.lease_expires_ms) or ""
+            return spec | told
         return {
             "renew_interval_sec": attempt.ttl_ms / 3000,
             **task.spec,
@@ -348,9 +374,13 @@ class Plane:
     def _renew(self, attempt: PlaneAttempt, body: JsonObject) -> JsonObject:
         self._fence(attempt)
         task = attempt.task
+        if self.is_deployed and attempt.state is not AttemptState.STARTED:
+            raise _Refused(409, "lease not renewed")
         extended_ms = self.now_ms + min(body["extend_sec"], _LEASE_MAX_S) * 1000
         task.lease_expires_ms = max(extended_ms, task.lease_expires_ms or 0)
         self._watch(task)
+        if self.is_deployed:
+            return {"task_id": task.id, "renewed": True}
         return {
             "task_id": task.id,
             "lease_expires_at": _time(task.lease_expires_ms),
@@ -363,7 +393,8 @@ class Plane:
             return _ended(task)
         refusal = self._refusal(attempt)
         is_late = refusal is not None and refusal.code is Code.LEASE_EXPIRED
-        if body.get("cause") == Cause.LEASE_LOST and (refusal is None or is_late):
+        knows_cause = not self.is_deployed
+        if knows_cause and body.get("cause") == Cause.LEASE_LOST and (refusal is None or is_late):
             ended_at_ms = task.ended_at_ms
             if attempt.state.is_open:
                 self._give_back(attempt, AttemptState.GIVEN_UP)
@@ -372,7 +403,7 @@ class Plane:
             return _ended(task) | {"ended_at": _time(ended_at_ms)}
         if refusal is not None and not is_late:
             raise refusal
-        status = body.get("status") or ("completed" if body["exit_code"] == 0 else "failed")
+        status = (knows_cause and body.get("status")) or ("completed" if body["exit_code"] == 0 else "failed")
         task.completions += 1
         attempt.state, attempt.result = AttemptState.COMPLETED, body
         self._end(task, status)

@@ -49,6 +49,7 @@ _REST_WITHIN_S: Final = 7200.0
 _STEPS_MAX: Final = 400_000
 _LOOK_EVERY_STEPS: Final = 40
 _TTLS_S: Final = (8.0, 15.0, 30.0, 45.0)
+_DEFAULT_TTL_S: Final = 60.0
 _MACHINES_MAX: Final = 3
 _COLLECT_EVERY: Final = 50
 """Schedules leave cycles behind."""
@@ -72,7 +73,7 @@ def _config(slots: int, on_unreachable: OnUnreachable) -> Config:
         control_plane=ControlPlaneSection(
             url="http://plane.invalid", timeout=10.0, poll_interval=5.0, long_poll=20.0, heartbeat_interval=30.0
         ),
-        lease=LeaseSection(ttl=60.0, renew_interval=20.0, margin=1.0, on_unreachable=on_unreachable),
+        lease=LeaseSection(ttl=_DEFAULT_TTL_S, renew_interval=20.0, margin=1.0, on_unreachable=on_unreachable),
         capacity=CapacitySection(max_concurrent=slots, cpus=float(slots), memory_gb=8.0),
         tasks=TasksSection(grace_period=5.0),
         api=ApiSection(listen=None, socket=None),
@@ -95,12 +96,17 @@ class Simulation:
         self._write = say
         self.judge = Judge(say=self._say if say is not None else lambda *_: None)
         self._ids = 0
+        is_deployed = self.random.random() < 0.2
+        hides_lease = is_deployed and self.random.random() < 0.3
         self.plane = Plane(
             self.timeline,
             self.judge,
             self._new_id,
-            lease_ttl_s=self.random.choice(_TTLS_S),
+            lease_ttl_s=_DEFAULT_TTL_S if hides_lease else self.random.choice(_TTLS_S),
             offers_release=self.random.random() < 0.7,
+            is_deployed=is_deployed,
+            repeats_held=self.random.random() < 0.5,
+            hides_lease=hides_lease,
             ahead_s=self.random.uniform(-100_000, 100_000),
         )
         self.judge.plane = self.plane
@@ -190,7 +196,7 @@ class Simulation:
             }
             if random.random() < 0.3:
                 spec["resources"] = {"cpus": random.choice((0.5, 1))}
-            if random.random() < 0.3:
+            if random.random() < 0.3 and not self.plane.is_deployed:
                 spec["lease_ttl_sec"] = random.choice(_TTLS_S)
             machine_id = random.choice(self.machines).id if random.random() < 0.2 else None
             self.timeline.at(at_s, functools.partial(self.plane.submit, spec, machine_id))
