@@ -145,6 +145,7 @@ class Judge:
     def lapsed(self, attempt: PlaneAttempt) -> None:
         """A lease has ended: its tree is dead by now (promise 2)."""
         self.say("plane", "lease ends of", attempt.id)
+        self.seen["leases lapsed"] += 1
         for machine, shim in self._trees.get(attempt.task.id, []):
             if shim.directory.spec.attempt_id == attempt.id and not self.gives_up_promise_2:
                 self.violated(f"{shim.directory.name} on {machine.id} lives on after the end of its lease")

@@ -313,7 +313,11 @@ class Plane:
         task = attempt.task
         if self.is_deployed:
             spec = {key: value for key, value in task.spec.items() if key not in _ADDITIONS}
-            told = {"machine_id": attempt.machine_id, "attempt_id": attempt.id}
+            told = {
+                "machine_id": attempt.machine_id,
+                "attempt_id": attempt.id,
+                "assigned_at": _time(attempt.claimed_at_ms) or "",
+            }
             if not self.hides_lease:
                 told["lease_expires_at"] = _time(task.lease_expires_ms) or ""
             return spec | told

@@ -14,6 +14,7 @@ import gc
 import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -80,6 +81,19 @@ def _config(slots: int, on_unreachable: OnUnreachable) -> Config:
     )
 
 
+@dataclass(frozen=True)
+class Scene:
+    """Instead of a drawn schedule: one host, one task, and one loss of contact. Durations in seconds."""
+
+    lease_ttl_s: float
+    task_s: float
+    cut_at_s: float
+    cut_s: float
+    term_s: float | None = 0.1
+    continues: bool = False
+    """`lease.on_unreachable: continue`."""
+
+
 class Simulation:
     """A schedule under way."""
 
@@ -90,7 +104,14 @@ class Simulation:
     }
     flush_s: Final = 6.0
 
-    def __init__(self, seed: int, focus: Sequence[str] = (), say: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        focus: Sequence[str] = (),
+        say: Callable[[str], None] | None = None,
+        *,
+        scene: Scene | None = None,
+    ) -> None:
         self.random = Random(seed)
         self.timeline = Timeline(self.random)
         self._write = say
@@ -113,15 +134,23 @@ class Simulation:
         self.network = Network(self.timeline, self.random, self.plane, self.judge)
         self._scripts: dict[str, list[Script]] = {}
         self._kinds = tuple(focus) or USUAL
-        continues = self.random.random() < 0.05
+        if scene is not None:
+            self.plane.lease_ttl_s, self.plane.is_deployed, self.plane.hides_lease = scene.lease_ttl_s, False, False
+        continues = scene.continues if scene is not None else self.random.random() < 0.05
         self.judge.gives_up_promise_2 = continues
         self._on_unreachable = OnUnreachable.CONTINUE if continues else OnUnreachable.STOP
         self._ends: list[Callable[[], object]] = []
         self._has_healed = False
-        self.machines = [self._machine(number) for number in range(self.random.choice((1, 2, 2, 3)))]
+        self._rest_until_s = self._longest_s = 0.0
+        count = 1 if scene is not None else self.random.choice((1, 2, 2, 3))
+        self.machines = [self._machine(number) for number in range(count)]
         self.judge.machines = self.machines
-        self.faults = self._draw_faults()
-        self._draw_tasks()
+        self.faults: list[Fault] = []
+        if scene is None:
+            self.faults = self._draw_faults()
+            self._draw_tasks()
+        else:
+            self._stage(scene)
 
     def _say(self, who: str, *words: object) -> None:
         if self._write is not None:
@@ -167,6 +196,24 @@ class Simulation:
         last_s = max(fault.at_s + fault.for_s for fault in faults)
         self.timeline.at(last_s + 1.0, self._heal)
         return faults
+
+    def _stage(self, scene: Scene) -> None:
+        self._scripts["t1"] = [Script(duration_s=scene.task_s, term_s=scene.term_s)]
+        self._longest_s = 2 * scene.task_s
+        self.plane.submit({"id": "t1", "command": "true", "grace_period_sec": 5})
+        link = self.network.links["m1"]
+
+        def cut() -> None:
+            self._say("fault", "cut off")
+            link.is_cut, link.cut_refuses = True, self.random.random() < 0.5
+
+        def mend() -> None:
+            link.is_cut = False
+            self._say("fault", "contact again")
+
+        self.timeline.at(scene.cut_at_s, cut)
+        self.timeline.at(scene.cut_at_s + scene.cut_s, mend)
+        self.timeline.at(scene.cut_at_s + scene.cut_s, self._heal)
 
     def _draw_tasks(self) -> None:
         random = self.random
@@ -245,6 +292,7 @@ class Simulation:
         """Everything is mended, at once."""
         self._say("fault", "all is mended")
         self._has_healed = True
+        self._rest_until_s = self.timeline.now_s + _REST_WITHIN_S + self._longest_s
         for end in self._ends:
             end()
         self._ends.clear()
@@ -339,7 +387,7 @@ class Simulation:
                 if self._is_at_rest():
                     judge.check_rest()
                     break
-                if self.timeline.now_s > _REST_WITHIN_S or self.timeline.steps > _STEPS_MAX:
+                if self.timeline.now_s > self._rest_until_s or self.timeline.steps > _STEPS_MAX:
                     matters = "; ".join(judge.open_matters())
                     judge.violated(f"no rest {self.timeline.now_s:.0f} s after the begin: {matters}")
         if judge.violation is not None:

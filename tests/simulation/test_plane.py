@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 
 from control_plane import Plane as RealPlane
 from control_plane import Settings, serve
-from remotegpu_schemas.wire import JsonObject, parse_claims, parse_heartbeat, parse_renewal
+from remotegpu_schemas.wire import Claim, JsonObject, parse_claims, parse_heartbeat, parse_renewal
 from tests.control_plane.support import ADMIN_TOKEN, RESULT, Agent, MovableClock, Operator
 from tests.simulation.invariants import Judge
 from tests.simulation.plane import Plane
@@ -69,7 +69,8 @@ class Both:
     def _read(path: str, data: JsonObject | None) -> object:
         """What the agent makes of it: deployed planes say many things that mean nothing."""
         if path == "/tasks/claim":
-            return parse_claims(data or {})
+            claims = parse_claims(data or {})  # in which deployed planes tell nanoseconds
+            return [replace(each, assigned_at=None) if isinstance(each, Claim) else each for each in claims]
         return parse_renewal(data or {}) if path.endswith("renew") else parse_heartbeat(data or {})
 
     def translate(self, value: Any) -> Any:

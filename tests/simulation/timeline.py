@@ -149,6 +149,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def unwind(self, steps_max: int) -> None:
         """After the schedule: let the coroutines of this loop end, without the world."""
         self.is_dead = self.is_frozen = False
+        self.steps_left = None
         tasks = [task for task in asyncio.all_tasks(self) if not task.done()]
         for task in tasks:
             task.cancel()
