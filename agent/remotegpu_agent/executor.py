@@ -230,7 +230,12 @@ class Executor:
         state, record = (found.state, found.record) if found is not None else (AdoptedState.NEVER_STARTED, None)
         if found is not None and (found.left_pids or state is AdoptedState.UNREADABLE):
             await self._clear(active, found)
-        if active.stop_cause is None and record is not None and was_stopped(record) and _is_of_another_boot(record, self._books.boot_id):
+        if (
+            active.stop_cause is None
+            and record is not None
+            and was_stopped(record)
+            and _is_of_another_boot(record, self._books.boot_id)
+        ):
             active.stop_cause = Cause.HOST_SHUTDOWN  # no agent asked for it, nor lived to see it
         missing = _MISSING.get(state, Missing.SHIM_LOST)
         await self._finish(active, record, lambda cause: _judged(record, missing, cause))

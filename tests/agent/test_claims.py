@@ -19,7 +19,7 @@ from remotegpu_queue import views
 from remotegpu_queue.rows import Attempt
 from remotegpu_queue.units import ClaimResult
 from remotegpu_schemas.states import Cause
-from tests.agent.support import AGENT, BOOT, Contact, Host, S, Told, contact, gather, host
+from tests.agent.support import AGENT, BOOT, Contact, Host, S, Told, contact, host
 from tests.control_plane.support import MACHINE
 from tests.waiting import DEADLINE_S, until
 
@@ -206,7 +206,7 @@ async def test_an_answer_that_refuses_ends_the_request(tmp_path: Path) -> None:
 
 
 async def test_a_claim_that_may_have_been_obeyed_keeps_its_id(tmp_path: Path) -> None:
-    """F13, F51: a lost answer, then a hiccup: what was given to the first try comes with the third, and does not lapse."""
+    """F13, F51: a lost answer, then a hiccup: what was given to the first try comes with the third."""
     hiccup = Respond(409, b'{"code": 409, "message": "hiccup"}')
     async with claiming(tmp_path, DropAfter(), hiccup, slots=1, reasons=["not yet"]) as claiming_:
         [task_id] = await claiming_.contact.operator.submit()

@@ -5,6 +5,7 @@ What a transaction has committed survives everything; whoever dies between the c
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -41,12 +42,16 @@ class Disk:
         self.db.execute("PRAGMA foreign_keys = ON")
         migrate(self.db, path)
         self._moved: Moved = lambda *_: None
-        self.db.create_function("moved", 4, lambda *args: self._moved(*args), deterministic=False)
+        self.db.create_function("moved", 4, self._tell, deterministic=False)
         for trigger in _TRIGGERS:
             self.db.execute(trigger)
         self.is_full = False
         self.slowness_s = 0.0
         self.commits = 0
+
+    def _tell(self, table: str, attempt_id: str, before: str | None, after: str) -> None:
+        """Called by SQLite, for whichever schedule it is."""
+        self._moved(table, attempt_id, before, after)
 
     def format(self, moved: Moved) -> None:
         """An empty database for the next schedule."""
@@ -55,7 +60,7 @@ class Disk:
         if self.db.in_transaction:
             self.db.execute("ROLLBACK")
         for table in ("outbox", "runs", "labels", "attempts", "meta", "sqlite_sequence"):
-            self.db.execute(f"DELETE FROM {table}")  # noqa: S608 - the names above
+            self.db.execute(f"DELETE FROM {table}")
 
     def write(self, function: Callable[[sqlite3.Connection], T]) -> T:
         """Run a transaction. Raises as SQLite does when the disk is full."""
@@ -85,17 +90,16 @@ class DiskExecutor:
 
     async def run(self, function: Callable[[sqlite3.Connection], T]) -> T:
         """Run it in a moment; whoever is cancelled meanwhile does not hold it up."""
-        done = self._process.loop.create_future()
+        done: asyncio.Future[T] = self._process.loop.create_future()
         delay_s = 0.0002 + (0.0005 if self._is_reader else 0.003 + self._disk.slowness_s) * self._timeline.random()
         self._free_at_s = max(self._free_at_s, self._timeline.now_s) + delay_s
         self._timeline.at(self._free_at_s, lambda: self._execute(function, done))
-        result: T = await done
-        return result
+        return await done
 
     async def close(self) -> None:
         """The connection is the disk's."""
 
-    def _execute(self, function: Callable[[sqlite3.Connection], T], done: object) -> None:
+    def _execute(self, function: Callable[[sqlite3.Connection], T], done: asyncio.Future[T]) -> None:
         process = self._process
         if not process.is_alive:
             return

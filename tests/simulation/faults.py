@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from tests.simulation.machine import Trap
+from tests.simulation.disk import Disk
+from tests.simulation.machine import Machine, Trap
+from tests.simulation.network import Link
 from tests.simulation.processes import Shim
 
 if TYPE_CHECKING:
-    from tests.simulation.machine import Machine
     from tests.simulation.simulator import Simulation
 
 _POINTS: Final = (
@@ -46,6 +47,14 @@ class Fault:
         """For people."""
         return f"{self.at_s:8.3f} {self.kind} on {self.machine.id} for {self.for_s:.1f} s"
 
+
+_CALM: Final[dict[tuple[type, str], object]] = {
+    **{(Link, name): value for name, value in vars(Link()).items()},
+    (Disk, "is_full"): False,
+    (Disk, "slowness_s"): 0.0,
+    (Machine, "launch_failures"): 0.0,
+}
+"""How things are without faults; two at once end together."""
 
 Begin = Callable[["Simulation", Fault], Callable[[], object] | None]
 """Lets a fault begin; gives what ends it, unless it is over by then."""
@@ -106,12 +115,14 @@ def _jump_clock(sim: Simulation, fault: Fault) -> None:
     fault.machine.ahead_s += sim.random.uniform(-86400, 86400)
 
 
-def _attribute(owner: Callable[[Simulation, Fault], object], **changes: Callable[[Simulation], object]) -> Begin:
+def _attribute(
+    owner: Callable[[Simulation, Fault], Link | Disk | Machine], **changes: Callable[[Simulation], object]
+) -> Begin:
     """A fault that is nothing but some values, for a while."""
 
     def begin(sim: Simulation, fault: Fault) -> Callable[[], object]:
         thing = owner(sim, fault)
-        before = {name: sim.calm[type(thing), name] for name in changes}
+        before = {name: _CALM[type(thing), name] for name in changes}
         for name, draw in changes.items():
             setattr(thing, name, draw(sim))
 
@@ -124,7 +135,11 @@ def _attribute(owner: Callable[[Simulation, Fault], object], **changes: Callable
     return begin
 
 
-def _link(sim: Simulation, fault: Fault) -> object:
+def _sometimes(sim: Simulation) -> bool:
+    return sim.random.random() < 0.4
+
+
+def _link(sim: Simulation, fault: Fault) -> Link:
     return sim.network.links[fault.machine.id]
 
 
@@ -214,7 +229,7 @@ FAULTS: Final[dict[str, Begin]] = {
     "cut power": _cut_power,
     "lose shim": _lose_shim,
     "jump clock": _jump_clock,
-    "cut off": _attribute(_link, is_cut=lambda _: True, cut_refuses=lambda sim: sim.random.random() < 0.4),
+    "cut off": _attribute(_link, is_cut=lambda _: True, cut_refuses=_sometimes),
     "lose requests": _attribute(_link, drop_request=_share(0.1, 0.7)),
     "lose answers": _attribute(_link, drop_answer=_share(0.1, 0.7)),
     "duplicate": _attribute(_link, duplicate=_share(0.1, 0.6)),

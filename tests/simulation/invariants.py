@@ -1,5 +1,7 @@
-"""What must hold at every step of every schedule. Looked at where it could break: at each start and end of a tree, each
-change of a stored state, each request and answer, each end of a lease; and as a whole when everything has come to rest.
+"""What must hold at every step of every schedule.
+
+Looked at where it could break: at each start and end of a tree, each change of a stored state, each request and answer,
+each end of a lease; and as a whole when everything has come to rest.
 """
 
 from __future__ import annotations
@@ -161,7 +163,9 @@ class Judge:
         self.seen["results accepted"] += 1
         task = attempt.task
         if task.attempt is not attempt:
-            self.violated(f"the result of {attempt.id} was accepted; the task is with {task.attempt and task.attempt.id}")
+            self.violated(
+                f"the result of {attempt.id} was accepted; the task is with {task.attempt and task.attempt.id}"
+            )
         if task.completions != 1:
             self.violated(f"task {task.id} was completed {task.completions} times")
         self._check_truth(attempt.id, body)

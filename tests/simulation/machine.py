@@ -67,9 +67,7 @@ class SimulatedAgent(Agent):
         self.operations = self._operations
         timeout_s = self._config.control_plane.timeout
         self._use_plane(
-            SimulatedControlPlane(
-                network, process, self._clock, timeout_s=timeout_s, on_reconnect=self._on_reconnect
-            )
+            SimulatedControlPlane(network, process, self._clock, timeout_s=timeout_s, on_reconnect=self._on_reconnect)
         )
         stack.push_async_callback(self._loops.close)
         await self._take_over()
@@ -104,7 +102,7 @@ class Process:
         self.machine = machine
         self.machine_id = machine.id
         self.attempts_dir = machine.config.agent.state_dir / "attempts"
-        self.loop = VirtualLoop(machine.timeline, self._is_at_fault)
+        self.loop = VirtualLoop(machine.timeline, self._is_at_fault)  # type: ignore[abstract]  # no sockets, no signals
         self.agent: SimulatedAgent | None = None
         self.is_alive = True
         self._thawed: list[Callable[[], object]] = []

@@ -152,7 +152,7 @@ class Network:
             if chance() < 0.5:
                 self._break(process, answered)
             return
-        headers = self.plane.headers() | extra
+        headers = {**self.plane.headers(), **extra}
 
         def deliver() -> None:
             if not self.links[process.machine_id].is_cut and process.settle(answered, (status, headers, content)):

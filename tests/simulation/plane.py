@@ -1,8 +1,10 @@
-"""A control plane in memory: strict fencing, idempotent claims, leases that lapse, as protocol.md says; or as deployed
-planes do, whose claims are not idempotent, who tell no lease's end, and renew only what has started.
+"""A control plane in memory: strict fencing, idempotent claims, leases that lapse, as protocol.md says.
 
-The same decisions as `examples/control_plane/store`, without its database, which is too slow for thousands of schedules a
+Or as deployed planes do, whose claims are not idempotent, who tell no lease's end, and renew only what has started. The
+same decisions as `examples/control_plane/store`, without its database, which is too slow for thousands of schedules a
 minute; `test_plane.py` holds the two against each other, call by call.
+
+Long, because it is a whole control plane.
 """
 
 from __future__ import annotations
@@ -151,9 +153,7 @@ class Plane:
 
     def submit(self, spec: JsonObject, machine_id: str | None = None) -> PlaneTask:
         """Add a task and wake who waits for one."""
-        task = PlaneTask(
-            spec["id"], spec, machine_id, int(spec.get("priority", 5)), len(self.tasks) + 1, self.now_ms
-        )
+        task = PlaneTask(spec["id"], spec, machine_id, int(spec.get("priority", 5)), len(self.tasks) + 1, self.now_ms)
         self.tasks[task.id] = task
         self.open_tasks += 1
         self._ring()

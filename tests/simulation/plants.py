@@ -1,4 +1,9 @@
-"""Six bugs, planted into the agent one at a time, to prove that the simulator finds such ones: see test_plants.py."""
+"""Six bugs, planted into the agent one at a time, to prove that the simulator finds such ones: see test_plants.py.
+
+A bug sits in what is nobody else's business.
+"""
+
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -27,7 +32,7 @@ from remotegpu_schemas.wire import ClaimRequest, RenewRequest
 
 def no_fencing() -> AbstractContextManager[object]:
     """The shim gets no deadline."""
-    return mock.patch.object(Executor, "_fence_ns", lambda *_: None)
+    return mock.patch.object(Executor, "_fence_ns", return_value=None)
 
 
 def late_deadline_base() -> AbstractContextManager[object]:

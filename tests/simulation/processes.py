@@ -351,15 +351,15 @@ class SimulatedRun(Run):
         before_ns, self._deadline_ns = self._deadline_ns, deadline_boottime_ns
         self._run_directory.deadline_ns = deadline_boottime_ns
         if before_ns is None or deadline_boottime_ns < before_ns:
-            self._signal(self._shim.reread)
+            self._send(self._shim.reread)
 
     def stop(self) -> None:
         """SIGTERM to the shim."""
-        self._signal(lambda: self._shim.obey(is_kill=False))
+        self._send(lambda: self._shim.obey(is_kill=False))
 
     def kill(self) -> None:
         """SIGUSR1 to the shim."""
-        self._signal(lambda: self._shim.obey(is_kill=True))
+        self._send(lambda: self._shim.obey(is_kill=True))
 
     @property
     def is_to_be_suspended(self) -> bool:
@@ -370,12 +370,12 @@ class SimulatedRun(Run):
         """Make the file and tell the shim."""
         self._process.machine.check_writable()
         self._run_directory.is_suspended = True
-        self._signal(self._shim.reread)
+        self._send(self._shim.reread)
 
     def resume(self) -> None:
         """Remove the file and tell the shim."""
         self._run_directory.is_suspended = False
-        self._signal(self._shim.reread)
+        self._send(self._shim.reread)
 
     def contains(self, pid: int) -> bool:
         """Only the main process is simulated."""
@@ -389,7 +389,7 @@ class SimulatedRun(Run):
             if self._shim.run is self:
                 self._shim.run = None
 
-    def _signal(self, act: Callable[[], None]) -> None:
+    def _send(self, act: Callable[[], None]) -> None:
         """A signal arrives in a moment."""
         if not self._is_closed:
             self._process.machine.timeline.after(0.001 * self._process.machine.random.random(), act)

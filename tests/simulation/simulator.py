@@ -97,11 +97,6 @@ class Scene:
 class Simulation:
     """A schedule under way."""
 
-    calm: Final = {(Link, name): value for name, value in vars(Link()).items()} | {
-        (Disk, "is_full"): False,
-        (Disk, "slowness_s"): 0.0,
-        (Machine, "launch_failures"): 0.0,
-    }
     flush_s: Final = 6.0
 
     def __init__(
@@ -183,7 +178,7 @@ class Simulation:
 
     def _draw_faults(self) -> list[Fault]:
         random = self.random
-        count = random.choice((1, 1, 2, 2, 3, 4, 6))
+        count = random.choice((3, 4, 6, 8) if self._kinds is not USUAL else (1, 1, 2, 2, 3, 4, 6))
         faults = []
         for _ in range(count):
             kind, at_s = random.choice(self._kinds), random.uniform(0.3, _FAULTS_BEGIN_UNTIL_S)
@@ -331,7 +326,9 @@ class Simulation:
                             await operations.suspend_task(run.task_id)
                         case "resume":
                             await operations.resume_task(run.task_id)
-                        case _ if run.started is not None:
+                        case _:
+                            if run.started is None:
+                                return
                             signal = StopSignal.SIGKILL if verb == "kill" else StopSignal.SIGTERM
                             request = ProcessStopRequest(process_id=run.started.process.pid, signal=signal)
                             await operations.stop_process(request)

@@ -1,4 +1,4 @@
-"""Losses of contact on the virtual clock, for leases of every length: short ones kill nothing, long ones kill in time."""
+"""Losses of contact on the virtual clock, for leases of every length: short ones kill nothing, long ones in time."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_f07_killed_at_random_moments() -> None:
 
 def test_f13_lost_answers() -> None:
     """F13: claim, start, renew, progress and complete are repeated, and count once."""
-    seen = _run("lose answers", "lose requests")
+    seen = _run("lose answers")
     assert seen["claims repeated"]
     assert seen["completes repeated"]
     assert seen["starts repeated"]
@@ -71,7 +71,7 @@ def test_f31_everything_at_the_same_moment() -> None:
 
 
 def test_f42_capacity_after_any_kill() -> None:
-    """F42: whatever was killed, slots and CPUs are never given out twice. (GPUs come with their allocator.)"""
+    """F42: whatever was killed, slots and CPUs are never given out twice; GPUs come with their allocator."""
     seen = _run("kill", "kill after steps", "cut power", "stop", "lose shim")
     assert seen["agents killed"]
     assert seen["trees"] > _SCHEDULES

@@ -16,10 +16,10 @@ from control_plane import Plane as RealPlane
 from control_plane import Settings, serve
 from remotegpu_schemas.wire import Claim, JsonObject, parse_claims, parse_heartbeat, parse_renewal
 from tests.control_plane.support import ADMIN_TOKEN, RESULT, Agent, MovableClock, Operator
+from tests.scale import scaled
 from tests.simulation.invariants import Judge
 from tests.simulation.plane import Plane
 from tests.simulation.timeline import Timeline
-from tests.scale import scaled
 from tests.waiting import until
 
 _ATTEMPTS_MAX = 4
@@ -94,9 +94,9 @@ class Both:
         self.timeline.now_s = until_s
         self.clock.time_s += seconds
         self.real.clock_moved()
-        await until(self._say_the_same)
+        await until(self.say_the_same)
 
-    async def _say_the_same(self) -> bool:
+    async def say_the_same(self) -> bool:
         listed = (await self.operator.call("GET", "/tasks?limit=1000")).data["tasks"]
         return {task["id"]: task["status"] for task in listed} == {
             task.id: task.status for task in self.plane.tasks.values()
@@ -114,8 +114,8 @@ class Both:
                 await self.operator.submit(spec)
             case "claim":
                 self.requests += random.random() < 0.7
-                body = {"request_id": f"r{self.requests}", "limit": random.choice((1, 3))}
-                await self.call(agent, "/tasks/claim", body | {"machine_id": agent.machine_id})
+                names: JsonObject = {"request_id": f"r{self.requests}", "machine_id": agent.machine_id}
+                await self.call(agent, "/tasks/claim", {**names, "limit": random.choice((1, 3))})
             case "cancel" if self.plane.tasks:
                 task_id = random.choice(list(self.plane.tasks))
                 self.plane.cancel(task_id)
@@ -123,7 +123,7 @@ class Both:
             case "move":
                 await self.move(random.choice((1.0, 7.0, 25.0, 61.0)))
             case "heartbeat":
-                body = {"machine_id": agent.machine_id, "metrics": {}, "state": "ready"}
+                body: JsonObject = {"machine_id": agent.machine_id, "metrics": {}, "state": "ready"}
                 await self.call(agent, "/heartbeat", body)
             case _ if self.plane.attempts:
                 await self._speak_of_an_attempt(agent)
@@ -137,16 +137,15 @@ class Both:
             agent = next(each for each in self.agents if each.agent_id == attempt.agent_id)
         task_id = attempt.task.id if random.random() < 0.95 else random.choice([*self.plane.tasks, "nobody"])
         lost = {"exit_code": 125, "status": "failed", "cause": "lease_lost", "error": "it ended"}
-        path, body = random.choice(
-            [
-                ("start", {"process_id": 7, "run_no": random.choice((1, 2))}),
-                ("lease/renew", {"extend_sec": random.choice((10, 60))}),
-                ("progress", {"percent": 10.0, "message": "on its way"}),
-                ("complete", RESULT),
-                ("complete", RESULT | lost),
-                ("release", {"reason": "no room"}),
-            ]
-        )
+        calls: list[tuple[str, JsonObject]] = [
+            ("start", {"process_id": 7, "run_no": random.choice((1, 2))}),
+            ("lease/renew", {"extend_sec": random.choice((10, 60))}),
+            ("progress", {"percent": 10.0, "message": "on its way"}),
+            ("complete", {**RESULT}),
+            ("complete", {**RESULT, **lost}),
+            ("release", {"reason": "no room"}),
+        ]
+        path, body = random.choice(calls)
         attempt_id = attempt.id if random.random() < 0.95 else "unknown"
         await self.call(agent, f"/tasks/{task_id}/{path}", body | {"attempt_id": attempt_id})
 
@@ -202,4 +201,4 @@ async def test_both_planes_answer_alike(
         for _ in range(120):
             await both.anything()
         await both.move(500.0)
-        assert await both._say_the_same()
+        assert await both.say_the_same()

@@ -18,7 +18,7 @@ _SCHEDULES_MAX: Final = 3000
 _FOUND_BY: Final = {
     "no-fencing": "lives on after the end of its lease|two process trees",
     "late-deadline-base": "lives on after the end of its lease|two process trees|started after its lease",
-    "update-without-attempt-id": "no rest|goes from|is reported|says that",
+    "update-without-attempt-id": "no rest|goes from|is reported|says that|more than it has",
     "report-before-store": "before it is on its disk",
     "claim-without-request-id": "has not heard what it was given",
     "renew-failure-ignored": "lives on after the end of its lease|two process trees",

@@ -52,7 +52,7 @@ def test_a_violation_says_how_to_replay_it() -> None:
     with report_before_store(), pytest.raises(Violation) as violation:
         run_schedules(range(1, 100), ("kill",), replay=" --plant report-before-store")
     text = str(violation.value)
-    seed = text.split(":")[0].removeprefix("seed ")
+    seed = text.partition(":")[0].removeprefix("seed ")
     assert "before it is on its disk" in text
     assert text.endswith(f"python -m tests.simulation --seed {seed} -v --focus kill --plant report-before-store")
     lines: list[str] = []

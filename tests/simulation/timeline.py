@@ -11,12 +11,14 @@ import asyncio
 import heapq
 from asyncio import events
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
+from concurrent.futures import Executor
 from contextvars import Context
 from random import Random
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class Timer:
@@ -77,10 +79,10 @@ class Timeline:
             return True
         if not self._due:
             return False
-        when_s, _, _, loop, item = heapq.heappop(self._due)
+        when_s, _, _, owner, item = heapq.heappop(self._due)
         self.now_s = max(self.now_s, when_s)
-        if loop is not None:
-            loop.is_due(item)
+        if owner is not None:
+            owner.is_due(item)
         elif item.callback is not None:
             item.callback()
         return True
@@ -168,26 +170,28 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         """The timeline's time."""
         return self._timeline.now_s
 
-    def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> asyncio.Handle:
+    def call_soon(
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
+    ) -> asyncio.Handle:
         """Behind what is ready."""
         handle = asyncio.Handle(callback, args, self, context)
         self._add(handle)
         return handle
 
     def call_soon_threadsafe(
-        self, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.Handle:
         """There are no threads."""
         return self.call_soon(callback, *args, context=context)
 
     def call_later(
-        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self, delay: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
         """After a while."""
         return self.call_at(self._timeline.now_s + delay, callback, *args, context=context)
 
     def call_at(
-        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self, when: float, callback: Callable[[*Ts], object], *args: *Ts, context: Context | None = None
     ) -> asyncio.TimerHandle:
         """At a time of the timeline."""
         handle = asyncio.TimerHandle(when, callback, args, self, context)
@@ -202,12 +206,16 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return asyncio.Future(loop=self)
 
     def create_task(
-        self, coro: Coroutine[Any, Any, T], *, name: object = None, context: Context | None = None
+        self,
+        coro: Generator[Any, None, T] | Coroutine[Any, Any, T],
+        *,
+        name: object = None,
+        context: Context | None = None,
     ) -> asyncio.Task[T]:
         """A task of this loop."""
         return asyncio.Task(coro, loop=self, name=str(name) if name is not None else None, context=context)
 
-    def run_in_executor(self, executor: object, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+    def run_in_executor(self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
         """A thread that takes a millisecond or two; what it does happens at once."""
         done: asyncio.Future[T] = self.create_future()
 

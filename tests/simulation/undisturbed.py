@@ -23,7 +23,7 @@ def undisturbed(*, is_loud: bool = False) -> Generator[None]:
     gc.freeze()
     try:
         # The environment is copied for each client that is made; simulated agents are made five times a second.
-        with mock.patch.object(control_plane, "proxy_for", lambda _: None):
+        with mock.patch.object(control_plane, "proxy_for", return_value=None):
             yield
     finally:
         gc.unfreeze()
