@@ -443,7 +443,10 @@ class Agent:
     async def _on_claimed(self, results: Sequence[ClaimResult]) -> None:
         for result in results:
             for attempt_id in result.superseded:
-                await self._executor.stop(attempt_id, Cause.SUPERSEDED)
+                try:
+                    await self._executor.stop(attempt_id, Cause.SUPERSEDED)
+                except StoreUnavailable as error:  # it has ended meanwhile; that it is to end was stored with the claim
+                    log.error("a superseded attempt cannot be stopped", attempt_id=attempt_id, error=str(error))
         self._on_report()  # what was refused or given back
         await self._dispatcher.decide()
         for result in results:

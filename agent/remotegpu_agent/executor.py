@@ -374,13 +374,13 @@ class Executor:
         """Stop an attempt: its process with the grace period (or at once), or its waiting. False if it has ended.
 
         The reason is on disk before any signal is sent (unless the store does not answer: then it is stored with the
-        end); the first reason counts. Safe to repeat. Raises StoreUnavailable for an attempt that has no process.
+        end); the first reason counts. Safe to repeat. Raises StoreUnavailable for an attempt that has no run.
         """
         try:
             stored, counts = await self._books.stop(attempt_id, cause)
         except StoreUnavailable as error:
             active = self.active.get(attempt_id)
-            if active is None or active.run is None:
+            if active is None or active.attempt is None or active.outcome is not None:
                 raise
             log.error("a stop cannot be stored yet", attempt_id=attempt_id, cause=cause, error=str(error))
             stored = StopStored.REQUESTED

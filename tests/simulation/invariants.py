@@ -6,7 +6,6 @@ each end of a lease; and as a whole when everything has come to rest.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +33,8 @@ _FIRST: Final = {
     "runs": {str(RunState.STARTING)},
 }
 _MOVES: Final = {"attempts": _TASK_MOVES, "runs": _RUN_MOVES}
+_AFTERMATH_MS: Final = 30_000
+"""So long after the mending something may still be on its way."""
 _CAUSES_OF: Final = {
     EndedBy.EXIT: {Cause.SUCCEEDED, Cause.EXIT_CODE, Cause.SIGNAL},
     EndedBy.STOP: {Cause.CANCELLED, Cause.STOPPED, Cause.LEASE_LOST, Cause.SUPERSEDED},
@@ -65,6 +66,8 @@ class Judge:
     machines: list[Machine] = field(default_factory=list)
     say: Callable[..., None] = lambda *_: None
     violation: str | None = None
+    healed_ms: int | None = None
+    """When everything was mended, by the plane's clock."""
     gives_up_promise_2: bool = False
     """`lease.on_unreachable: continue`: a run may outlive its lease, and another one of its task may begin."""
     seen: Counter[str] = field(default_factory=Counter)
@@ -76,6 +79,7 @@ class Judge:
     _trees: dict[str, list[tuple[Machine, Shim]]] = field(default_factory=dict)
     _ends: dict[str, list[RunEnded | None]] = field(default_factory=dict)
     _heard: set[tuple[str, str, int | None]] = field(default_factory=set)
+    _refused: set[tuple[str, str]] = field(default_factory=set)
     _asked: dict[str, _Asked] = field(default_factory=dict)
     _last_request: dict[int, str] = field(default_factory=dict)
 
@@ -148,6 +152,8 @@ class Judge:
         """A lease has ended: its tree is dead by now (promise 2)."""
         self.say("plane", "lease ends of", attempt.id)
         self.seen["leases lapsed"] += 1
+        if self.healed_ms is not None and attempt.claimed_at_ms > self.healed_ms + _AFTERMATH_MS:
+            self.violated(f"{attempt.id} has lapsed, and all was well since long before it was claimed")
         for machine, shim in self._trees.get(attempt.task.id, []):
             if shim.directory.spec.attempt_id == attempt.id and not self.gives_up_promise_2:
                 self.violated(f"{shim.directory.name} on {machine.id} lives on after the end of its lease")
@@ -228,6 +234,8 @@ class Judge:
     def answered(self, process: Process, path: str, body: JsonObject, status: int) -> None:
         """An answer has come back to its sender."""
         self.say(process.machine_id, "hears", status, "to", path)
+        if status in {400, 404, 409, 410}:
+            self._refused.add((body.get("attempt_id", ""), path.rpartition("/")[2]))
         if path == "/tasks/claim" and status == 200:
             self._asked[body["request_id"]].has_answer = True
 
@@ -286,7 +294,7 @@ class Judge:
 
     def _check_attempts(self, machine: Machine) -> None:
         for row in machine.disk.db.execute("SELECT * FROM outbox WHERE is_dead = 1"):
-            self._check_dead_letter(machine, row["attempt_id"], row["kind"], json.loads(row["body"]))
+            self._check_dead_letter(machine, row["attempt_id"], row["kind"])
         for row in machine.disk.db.execute("SELECT attempt_id, state, cause, exit_code FROM attempts"):
             attempt = self.plane.attempts.get(row["attempt_id"])
             result: dict[str, Any] | None = attempt.result if attempt is not None else None
@@ -295,11 +303,10 @@ class Judge:
                     f"{machine.id} says that {row['attempt_id']} ended by {row['cause']}, the plane {result['cause']}"
                 )
 
-    def _check_dead_letter(self, machine: Machine, attempt_id: str, kind: str, body: JsonObject) -> None:
-        """Only what the plane has refused for good may be one."""
-        attempt = self.plane.attempts.get(attempt_id)
-        if attempt is not None and self._holds(attempt) and kind == "complete":
-            self.violated(f"{machine.id}: the {kind} of {attempt_id} is a dead letter, and would be accepted")
+    def _check_dead_letter(self, machine: Machine, attempt_id: str, kind: str) -> None:
+        """Only what the plane has refused may be one."""
+        if (attempt_id, kind) not in self._refused:
+            self.violated(f"{machine.id}: the {kind} of {attempt_id} is a dead letter, and was never refused")
 
 
 def _succeeded(ended: RunEnded | None) -> bool:

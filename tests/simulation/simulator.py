@@ -45,7 +45,7 @@ from tests.simulation.timeline import Timeline
 from tests.simulation.undisturbed import undisturbed
 
 _FAULTS_BEGIN_UNTIL_S: Final = 30.0
-_REST_WITHIN_S: Final = 7200.0
+_REST_WITHIN_S: Final = 1200.0
 """Back-offs and slow retries are bounded by five minutes; many of them may follow one another."""
 _STEPS_MAX: Final = 400_000
 _LOOK_EVERY_STEPS: Final = 40
@@ -287,6 +287,7 @@ class Simulation:
         """Everything is mended, at once."""
         self._say("fault", "all is mended")
         self._has_healed = True
+        self.judge.healed_ms = self.plane.now_ms
         self._rest_until_s = self.timeline.now_s + _REST_WITHIN_S + self._longest_s
         for end in self._ends:
             end()
