@@ -50,7 +50,7 @@ from remotegpu_agent.runspec import RunSettings, find_user
 from remotegpu_agent.standing import Standing
 from remotegpu_agent.supervise import Loops
 from remotegpu_queue import outbox, units, views
-from remotegpu_queue.admission import Floors
+from remotegpu_queue.admission import Floors, Readings
 from remotegpu_queue.breaker import Rules
 from remotegpu_queue.outbox import Report
 from remotegpu_queue.store import Store, StoreUnavailable
@@ -114,6 +114,7 @@ class Surroundings:
     launcher: Launcher
     watcher: DirectoryWatcher
     metrics: Callable[[], Awaitable[JsonObject]]
+    read_host: Callable[[], Readings]
 
 
 class Agent:
@@ -180,6 +181,7 @@ class Agent:
             launcher=Launcher(config.agent.state_dir / "attempts", placement),
             watcher=DirectoryWatcher(),
             metrics=host.HostMetrics(config.agent.state_dir).heartbeat_metrics,
+            read_host=lambda: read_host(config.agent.state_dir),
         )
         stack.callback(outside.watcher.close)
         agent = cls(config, names, store, loops, outside)
@@ -235,7 +237,7 @@ class Agent:
             inodes=admission.inodes_free,
             memory_bytes=round(admission.memory_free_gb * limits.GIB),
         )
-        return HostWatch(floors, lambda: read_host(self._state_dir), on_changed=self._on_free)
+        return HostWatch(floors, self._outside.read_host, on_changed=self._on_free)
 
     def _make_breaker(self) -> BreakerKeeper:
         section = self._config.breaker
@@ -246,7 +248,7 @@ class Agent:
             Rules(section.failures, section.within, section.probe_interval, section.probe_max_interval),
             boot_id=self._names.boot_id,
             command=section.canary_command,
-            new_id=_new_id,
+            new_id=self._outside.new_id,
             active=self._executor.active.values,
             on_changed=self._on_decided,
             on_submitted=self._on_free,

@@ -53,6 +53,7 @@ _CALM: Final[dict[tuple[type, str], object]] = {
     (Disk, "is_full"): False,
     (Disk, "slowness_s"): 0.0,
     (Machine, "launch_failures"): 0.0,
+    (Machine, "is_broken"): False,
 }
 """How things are without faults; two at once end together."""
 
@@ -246,6 +247,7 @@ FAULTS: Final[dict[str, Begin]] = {
     "full disk": _attribute(lambda _, fault: fault.machine.disk, is_full=lambda _: True),
     "slow disk": _attribute(lambda _, fault: fault.machine.disk, slowness_s=_share(0.1, 5.0)),
     "failing launches": _attribute(lambda _, fault: fault.machine, launch_failures=_share(0.2, 1.0)),
+    "broken host": _attribute(lambda _, fault: fault.machine, is_broken=lambda _: True),
     "take away": _take_away,
     "cancel": _cancel,
     "cancel here": _cancel_here,

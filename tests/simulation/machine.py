@@ -20,7 +20,9 @@ from remotegpu_agent.directory_watch import DirectoryWatcher
 from remotegpu_agent.executor import Executor
 from remotegpu_agent.names import Names
 from remotegpu_agent.supervise import Loops
+from remotegpu_queue.admission import Readings
 from remotegpu_queue.store import Store, StoreUnavailable
+from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import ProcessIdentity, RunSpec
 from remotegpu_schemas.wire import JsonObject, RegisterRequest
 from tests.simulation.disk import Disk, DiskExecutor
@@ -206,6 +208,8 @@ class Machine:
     process: Process | None = None
     processes: list[Process] = field(default_factory=list)
     launch_failures: float = 0.0
+    is_broken: bool = False
+    """Every task fails at once."""
     boots: int = 0
     is_off: bool = False
     ahead_s: float = 0.0
@@ -263,6 +267,10 @@ class Machine:
                     self.traps.remove(trap)
                     trap.act(what)
 
+    def read_host(self) -> Readings:
+        """What is free."""
+        return Readings(0 if self.disk.is_full else 100 * limits.GIB, 1_000_000, 8 * limits.GIB)
+
     # --- the agent ---
 
     def surroundings(self, process: Process) -> Surroundings:
@@ -274,6 +282,7 @@ class Machine:
             launcher=SimulatedLauncher(process),
             watcher=_NoWatcher(),
             metrics=_no_metrics,
+            read_host=self.read_host,
         )
 
     def start_agent(self) -> None:

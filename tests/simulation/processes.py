@@ -146,7 +146,10 @@ class Shim:
             return
         self.directory.has_starting = True
         self._write("starting")
-        script = self._script = self._machine.script_of(spec)
+        script = self._machine.script_of(spec)
+        if self._machine.is_broken:
+            script = Script(duration_s=0.05, exit_code=1)
+        self._script = script
         if script.is_missing:
             self._finish(EndedBy.LAUNCH, errno=errno.ENOENT, error="no such program")
             return
@@ -195,7 +198,7 @@ class Shim:
         if enforcement is None or not self.is_alive:
             return
         now_ns = self._machine.boottime_ns()
-        enforcement.move_deadline(self.directory.deadline_ns)
+        enforcement.move_deadline(self.directory.deadline_ns, now_ns)
         if self.directory.is_suspended:
             if enforcement.suspend(now_ns) and self._exit_at_ns is not None:
                 self._left_ns, self._exit_at_ns = max(0, self._exit_at_ns - now_ns), None
@@ -243,7 +246,7 @@ class Shim:
             return
         due_ns = enforcement.next_ns()
         if due_ns is not None and now_ns >= due_ns and enforcement.ended_by is None:
-            enforcement.move_deadline(self.directory.deadline_ns)
+            enforcement.move_deadline(self.directory.deadline_ns, now_ns)
             if enforcement.strike(now_ns):
                 self._told_to_stop(now_ns)
             else:

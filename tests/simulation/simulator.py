@@ -22,6 +22,7 @@ from typing import Final
 from remotegpu_agent.config import (
     AgentSection,
     ApiSection,
+    BreakerSection,
     CapacitySection,
     Config,
     ControlPlaneSection,
@@ -52,6 +53,7 @@ _LOOK_EVERY_STEPS: Final = 40
 _TTLS_S: Final = (8.0, 15.0, 30.0, 45.0)
 _DEFAULT_TTL_S: Final = 60.0
 _MACHINES_MAX: Final = 3
+_CANARY: Final = Script(duration_s=0.02)
 _COLLECT_EVERY: Final = 50
 """Schedules leave cycles behind."""
 
@@ -77,6 +79,7 @@ def _config(slots: int, on_unreachable: OnUnreachable) -> Config:
         lease=LeaseSection(ttl=_DEFAULT_TTL_S, renew_interval=20.0, margin=1.0, on_unreachable=on_unreachable),
         capacity=CapacitySection(max_concurrent=slots, cpus=float(slots), memory_gb=8.0),
         tasks=TasksSection(grace_period=5.0),
+        breaker=BreakerSection(failures=3, within=5.0, probe_interval=5.0, probe_max_interval=20.0),
         api=ApiSection(listen=None, socket=None),
     )
 
@@ -212,7 +215,7 @@ class Simulation:
 
     def _draw_tasks(self) -> None:
         random = self.random
-        for number in range(random.choice((1, 2, 3, 4, 6))):
+        for number in range(random.choice((1, 2, 3, 4, 5))):
             task_id, at_s = f"t{number + 1}", random.choice((0.0, random.uniform(0, 25)))
             retries = random.choice((0, 0, 1, 2))
             self._scripts[task_id] = [self._draw_script() for _ in range(retries + 1)]
@@ -246,7 +249,7 @@ class Simulation:
     def _draw_script(self) -> Script:
         random = self.random
         return Script(
-            duration_s=random.choice((0.05, 1.0, 5.0, 20.0, 40.0)) * random.random(),
+            duration_s=random.choice((0.05, 1.0, 5.0, 20.0, 30.0)) * random.random(),
             exit_code=random.choice((0, 0, 0, 0, 1, 3)),
             term_s=random.choice((0.0, 0.1, 0.1, 2.0, None)),
             linger_s=random.choice((0.0, 0.0, 0.0, 1.0, 10.0)),
@@ -262,7 +265,7 @@ class Simulation:
 
     def _script_of(self, spec: RunSpec) -> Script:
         """Asked for when the task starts; some tasks say how far they are."""
-        scripts = self._scripts[spec.task_id]
+        scripts = self._scripts.get(spec.task_id) or [_CANARY]
         if self.random.random() < 0.3:
             for percent in (10.0, 60.0):
                 self.timeline.after(6.0 * self.random.random(), functools.partial(self._progress, spec, percent))
