@@ -95,6 +95,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self._timeline = timeline
         self._on_fault = on_fault
         self._ready: deque[asyncio.Handle] = deque()
+        self._tasks: list[asyncio.Task[Any]] = []
         self.is_frozen = False
         self.is_dead = False
         self.steps_left: int | None = None
@@ -152,7 +153,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         """After the schedule: let the coroutines of this loop end, without the world."""
         self.is_dead = self.is_frozen = False
         self.steps_left = None
-        tasks = [task for task in asyncio.all_tasks(self) if not task.done()]
+        tasks = [task for task in self._tasks if not task.done()]
         for task in tasks:
             task.cancel()
         self._timeline.is_not_runnable(self)
@@ -213,7 +214,9 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         context: Context | None = None,
     ) -> asyncio.Task[T]:
         """A task of this loop."""
-        return asyncio.Task(coro, loop=self, name=str(name) if name is not None else None, context=context)
+        task = asyncio.Task(coro, loop=self, name=str(name) if name is not None else None, context=context)
+        self._tasks.append(task)
+        return task
 
     def run_in_executor(self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts) -> asyncio.Future[T]:
         """A thread that takes a millisecond or two; what it does happens at once."""
