@@ -152,7 +152,8 @@ class Judge:
         """A lease has ended: its tree is dead by now (promise 2)."""
         self.say("plane", "lease ends of", attempt.id)
         self.seen["leases lapsed"] += 1
-        if self.healed_ms is not None and attempt.claimed_at_ms > self.healed_ms + _AFTERMATH_MS:
+        came_in_time = attempt.held_s < attempt.ttl_ms / 2000  # else its lease was over, or all but over, on arrival
+        if self.healed_ms is not None and attempt.claimed_at_ms > self.healed_ms + _AFTERMATH_MS and came_in_time:
             self.violated(f"{attempt.id} has lapsed, and all was well since long before it was claimed")
         for machine, shim in self._trees.get(attempt.task.id, []):
             if shim.directory.spec.attempt_id == attempt.id and not self.gives_up_promise_2:

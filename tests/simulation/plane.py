@@ -86,6 +86,8 @@ class PlaneAttempt:
     started_at_ms: int | None = None
     run_no: int | None = None
     result: JsonObject | None = None
+    held_s: float = 0.0
+    """How long its claim had waited for it: a lease counts from before that."""
     was_taken_away: bool = False
     """An operator has given the task to others while its lease held."""
 
@@ -113,6 +115,7 @@ class _Poll:
     machine_id: str
     body: JsonObject
     reply: Reply
+    since_s: float
     timer: Timer | None = None
 
 
@@ -201,7 +204,7 @@ class Plane:
     def call(self, machine_id: str, path: str, body: JsonObject, reply: Reply) -> None:
         """Answer a request, now or, if it is a long poll, later."""
         if path == "/tasks/claim":
-            self._claim(_Poll(machine_id, body, reply))
+            self._claim(_Poll(machine_id, body, reply, self.timeline.now_s))
             return
         parts = path.split("/")
         data: JsonObject | None
@@ -291,7 +294,7 @@ class Plane:
             held = self._live([a for a in self.attempts.values() if a.agent_id == agent_id])
         ready = [t for t in self.tasks.values() if t.status == "pending" and t.machine_id in {None, poll.machine_id}]
         ready.sort(key=lambda task: (task.priority, task.seq))
-        given = [self._assign(task, poll.machine_id, agent_id, request_id) for task in ready[: max(count, 0)]]
+        given = [self._assign(task, poll) for task in ready[: max(count, 0)]]
         return [self._claimed_task(attempt) for attempt in held + given]
 
     def _live(self, attempts: list[PlaneAttempt]) -> list[PlaneAttempt]:
@@ -300,9 +303,11 @@ class Plane:
         live = [a for a in attempts if a.task.attempt is a and (a.task.lease_expires_ms or 0) > now_ms]
         return sorted(live, key=lambda attempt: (attempt.task.priority, attempt.task.seq))
 
-    def _assign(self, task: PlaneTask, machine_id: str, agent_id: str, request_id: str) -> PlaneAttempt:
+    def _assign(self, task: PlaneTask, poll: _Poll) -> PlaneAttempt:
+        agent_id, request_id = poll.body["agent_id"], poll.body["request_id"]
         ttl_ms = int((task.spec.get("lease_ttl_sec") or self.lease_ttl_s) * 1000)
-        attempt = PlaneAttempt(self.new_id(), task, agent_id, machine_id, request_id, self.now_ms, ttl_ms)
+        attempt = PlaneAttempt(self.new_id(), task, agent_id, poll.machine_id, request_id, self.now_ms, ttl_ms)
+        attempt.held_s = self.timeline.now_s - poll.since_s
         self.attempts[attempt.id] = attempt
         task.attempt, task.status, task.lease_expires_ms = attempt, "assigned", self.now_ms + ttl_ms
         self._watch(task)
