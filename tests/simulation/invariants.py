@@ -152,12 +152,20 @@ class Judge:
         """A lease has ended: its tree is dead by now (promise 2)."""
         self.say("plane", "lease ends of", attempt.id)
         self.seen["leases lapsed"] += 1
-        came_in_time = attempt.held_s < attempt.ttl_ms / 2000  # else its lease was over, or all but over, on arrival
-        if self.healed_ms is not None and attempt.claimed_at_ms > self.healed_ms + _AFTERMATH_MS and came_in_time:
-            self.violated(f"{attempt.id} has lapsed, and all was well since long before it was claimed")
+        if self.healed_ms is not None and attempt.claimed_at_ms > self.healed_ms + _AFTERMATH_MS:
+            self._check_lapse_without_fault(attempt)
         for machine, shim in self._trees.get(attempt.task.id, []):
             if shim.directory.spec.attempt_id == attempt.id and not self.gives_up_promise_2:
                 self.violated(f"{shim.directory.name} on {machine.id} lives on after the end of its lease")
+
+    def _check_lapse_without_fault(self, attempt: PlaneAttempt) -> None:
+        """Only what its agent has, and could not start before the lease's end, may lapse when all is well.
+
+        (Its slot was taken by a retry while the claim was on its way, or the long poll has outlasted the lease.)
+        """
+        machine = next(each for each in self.machines if each.id == attempt.machine_id)
+        if not machine.disk.count("SELECT count(*) FROM attempts WHERE attempt_id = ? AND run_no = 0", attempt.id):
+            self.violated(f"{attempt.id} has lapsed, and all was well since long before it was claimed")
 
     def taken_away(self, attempt: PlaneAttempt) -> None:
         """An operator of the plane has given the task to others while this attempt may still run."""

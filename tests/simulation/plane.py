@@ -86,8 +86,6 @@ class PlaneAttempt:
     started_at_ms: int | None = None
     run_no: int | None = None
     result: JsonObject | None = None
-    held_s: float = 0.0
-    """How long its claim had waited for it: a lease counts from before that."""
     was_taken_away: bool = False
     """An operator has given the task to others while its lease held."""
 
@@ -115,7 +113,6 @@ class _Poll:
     machine_id: str
     body: JsonObject
     reply: Reply
-    since_s: float
     timer: Timer | None = None
 
 
@@ -204,7 +201,7 @@ class Plane:
     def call(self, machine_id: str, path: str, body: JsonObject, reply: Reply) -> None:
         """Answer a request, now or, if it is a long poll, later."""
         if path == "/tasks/claim":
-            self._claim(_Poll(machine_id, body, reply, self.timeline.now_s))
+            self._claim(_Poll(machine_id, body, reply))
             return
         parts = path.split("/")
         data: JsonObject | None
@@ -307,7 +304,6 @@ class Plane:
         agent_id, request_id = poll.body["agent_id"], poll.body["request_id"]
         ttl_ms = int((task.spec.get("lease_ttl_sec") or self.lease_ttl_s) * 1000)
         attempt = PlaneAttempt(self.new_id(), task, agent_id, poll.machine_id, request_id, self.now_ms, ttl_ms)
-        attempt.held_s = self.timeline.now_s - poll.since_s
         self.attempts[attempt.id] = attempt
         task.attempt, task.status, task.lease_expires_ms = attempt, "assigned", self.now_ms + ttl_ms
         self._watch(task)
