@@ -199,6 +199,8 @@ class Judge:
             return
         if cause is Cause.LAUNCH_FAILED:
             return
+        if cause is Cause.HOST_SHUTDOWN and ended.ended_by is EndedBy.STOP:
+            return  # a stop that could not be stored, and then another boot: nobody can tell the two apart
         if cause not in _CAUSES_OF[ended.ended_by]:
             self.violated(f"{attempt_id} was ended by {ended.ended_by}, and is reported as {cause}")
         elif cause is Cause.EXIT_CODE and ended.exit_code != body["exit_code"]:
