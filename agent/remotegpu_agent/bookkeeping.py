@@ -204,15 +204,24 @@ class Books:
 
     # --- stopped ---
 
-    async def stop(self, attempt_id: AttemptId, cause: Cause) -> tuple[StopStored, Cause]:
+    async def stop(
+        self, attempt_id: AttemptId, cause: Cause, when_late: Callable[[], None]
+    ) -> tuple[StopStored, Cause]:
         """Write down that the attempt is to end: the run that it has, or its waiting. The first cause counts.
 
-        Raises StoreUnavailable, also when the store does not answer soon; then it may still be written.
+        Raises StoreUnavailable, also when the store does not answer soon; if it is written after all, `when_late` is
+        called.
         """
+        stored: asyncio.Future[tuple[StopStored, Cause]] | None = None
         try:
             async with asyncio.timeout(_STOP_PATIENCE_S):
-                return await self._store.write(lambda db: self._stop(db, attempt_id, cause))
+                stored = await self._store.enqueue(lambda db: self._stop(db, attempt_id, cause))
+                return await asyncio.shield(stored)
         except TimeoutError:
+            if stored is not None:
+                stored.add_done_callback(
+                    lambda done: when_late() if not done.cancelled() and done.exception() is None else None
+                )
             raise StoreUnavailable("the database is busy") from None
 
     def _stop(self, db: sqlite3.Connection, attempt_id: AttemptId, cause: Cause) -> tuple[StopStored, Cause]:

@@ -377,7 +377,7 @@ class Executor:
         end); the first reason counts. Safe to repeat. Raises StoreUnavailable for an attempt that has no run.
         """
         try:
-            stored, counts = await self._books.stop(attempt_id, cause)
+            stored, counts = await self._books.stop(attempt_id, cause, self._stopped_late)
         except StoreUnavailable as error:
             active = self.active.get(attempt_id)
             if active is None or active.attempt is None or active.outcome is not None:
@@ -396,6 +396,11 @@ class Executor:
             active.is_kill = active.is_kill or is_kill
             self._signal(active)
         return stored is not StopStored.HAD_ENDED
+
+    def _stopped_late(self) -> None:
+        """The store took a stop that nobody waits for any more: there may be a report, and room."""
+        self._on_report()
+        self._on_free()
 
     def _signal(self, active: Active) -> None:
         if active.run is None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from remotegpu_agent import bookkeeping
 from remotegpu_queue import views
+from remotegpu_queue.store import StoreUnavailable
 from remotegpu_schemas.attempt import AttemptId
 from remotegpu_schemas.states import Cause, TaskState
 from remotegpu_sidecar.launcher import Run
@@ -179,6 +183,20 @@ async def test_f24_a_run_that_is_being_started_is_stopped_although_the_reason_ca
     await parts.opened.take_writes()
     await parts.has_ended(attempt.attempt_id)
     assert (await parts.attempt(attempt.attempt_id)).cause is Cause.SUPERSEDED
+
+
+async def test_a_stop_that_the_store_takes_late_is_reported(parts: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it any more, and the reporter, which looks only when it is told, is told all the same."""
+    monkeypatch.setattr(bookkeeping, "_STOP_PATIENCE_S", 0.05)
+    attempt = await parts.add("t", ttl_s=300.0)
+    with contextlib.closing(sqlite3.connect(parts.directory / "queue.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreUnavailable):
+            await parts.executor.stop(attempt.attempt_id, Cause.CANCELLED)
+        assert not parts.reported.calls
+        other.execute("ROLLBACK")
+    await parts.reported.wait()
+    assert (await parts.attempt(attempt.attempt_id)).cause is Cause.CANCELLED
 
 
 async def test_a_cancel_between_two_runs_is_not_lost(parts: Host) -> None:
