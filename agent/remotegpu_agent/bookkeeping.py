@@ -74,7 +74,7 @@ class Books:
         self._store = store
         self._reports = reports
         self._clock = clock
-        self._boot_id = boot_id
+        self.boot_id = boot_id
         self.leases: LeaseKeeper
         self.can_release: Callable[[], bool] = lambda: False
 
@@ -164,7 +164,7 @@ class Books:
             self._started_unit(attempt, run_no, record.started)(db)
         if progress is not None:
             body = self._reports.progress(attempt, *progress)
-            report = (body, self._boot_id) if body is not None else None
+            report = (body, self.boot_id) if body is not None else None
             units.set_progress(db, attempt_id, *progress, ended_ms, report)
         stop_cause = units.stop_cause(db, attempt_id, run_no) or asked
         outcome = judge(stop_cause)
@@ -186,7 +186,7 @@ class Books:
             after,
             ended_at_ms=ended_ms,
             ready_boottime_ns=self._clock.boottime_ns() + round(after.delay_s * 1e9) if after.delay_s else 0,
-            boot_id=self._boot_id,
+            boot_id=self.boot_id,
             usage=usage_of(ended.usage) if ended is not None else None,
             report=complete,
             drop_reports=not CAUSE_RULES[outcome.cause].is_reported,
@@ -204,15 +204,24 @@ class Books:
 
     # --- stopped ---
 
-    async def stop(self, attempt_id: AttemptId, cause: Cause) -> tuple[StopStored, Cause]:
+    async def stop(
+        self, attempt_id: AttemptId, cause: Cause, when_late: Callable[[], None]
+    ) -> tuple[StopStored, Cause]:
         """Write down that the attempt is to end: the run that it has, or its waiting. The first cause counts.
 
-        Raises StoreUnavailable, also when the store does not answer soon; then it may still be written.
+        Raises StoreUnavailable, also when the store does not answer soon; if it is written after all, `when_late` is
+        called.
         """
+        stored: asyncio.Future[tuple[StopStored, Cause]] | None = None
         try:
             async with asyncio.timeout(_STOP_PATIENCE_S):
-                return await self._store.write(lambda db: self._stop(db, attempt_id, cause))
+                stored = await self._store.enqueue(lambda db: self._stop(db, attempt_id, cause))
+                return await asyncio.shield(stored)
         except TimeoutError:
+            if stored is not None:
+                stored.add_done_callback(
+                    lambda done: when_late() if not done.cancelled() and done.exception() is None else None
+                )
             raise StoreUnavailable("the database is busy") from None
 
     def _stop(self, db: sqlite3.Connection, attempt_id: AttemptId, cause: Cause) -> tuple[StopStored, Cause]:
@@ -228,7 +237,7 @@ class Books:
         now_ms = self._clock.wall_ms()
         outcome = Outcome(cause, wire_exit_code(cause, None, None), None, sentence)
         report = self._reports.never_ran(attempt, outcome, now_ms, can_release=self.can_release())
-        to_send = (*report, self._boot_id) if report is not None else None
+        to_send = (*report, self.boot_id) if report is not None else None
         units.end_waiting(db, attempt.attempt_id, cause, sentence, outcome.exit_code, now_ms, to_send)
 
     # --- suspended ---
@@ -246,7 +255,7 @@ class Books:
     async def progress(self, attempt: Attempt, progress: Progress) -> None:
         """Store and report how far a run is. Raises StoreUnavailable."""
         now_ms, body = self._clock.wall_ms(), self._reports.progress(attempt, *progress)
-        report = (body, self._boot_id) if body is not None else None
+        report = (body, self.boot_id) if body is not None else None
         await self._store.write(lambda db: units.set_progress(db, attempt.attempt_id, *progress, now_ms, report))
 
 

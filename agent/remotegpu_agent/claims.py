@@ -117,6 +117,7 @@ class Claimer:
         """One claim, repeated with the same request id until it is answered. Returns how long to pause (s)."""
         request = self._request(room)
         first_sent_ns: int | None = None
+        may_have_been_obeyed = False
         while True:
             asked_ns = self._clock.boottime_ns()
             reply = await self._plane.claim(request)
@@ -128,8 +129,10 @@ class Claimer:
             self._failures += 1
             log.warning("a claim was not answered", error=reply.answer.message, failures=self._failures)
             await asyncio.sleep(self._retry_after_s(reply))
-            if reply.verdict is not Verdict.RETRY:
-                return 0.0  # the plane did answer: the next claim is a new one
+            # What was given to it is to be had by the same request only, and else lapses.
+            may_have_been_obeyed |= reply.verdict in {Verdict.RETRY, Verdict.AMBIGUOUS}
+            if reply.verdict is Verdict.INVALID or not may_have_been_obeyed:
+                return 0.0  # it was refused: the next claim is a new one
 
     def _request(self, room: int) -> ClaimRequest:
         free = self._dispatcher.free()
@@ -257,14 +260,17 @@ class Claimer:
         return False
 
     def _attempt(self, claim: Claim, reply: Reply, first_sent_ns: int) -> NewAttempt:
-        ttl_s, counts_from_first = leasing.claimed_ttl_s(
-            claim.lease_ttl_s, claim.lease_expires_at, reply.answer.date, self._settings.default_ttl_s
+        terms = leasing.Terms(claim.lease_ttl_s, claim.lease_expires_at, claim.assigned_at, reply.answer.date)
+        lease = leasing.claimed(
+            terms,
+            first_sent_ns=first_sent_ns,
+            last_sent_ns=reply.sent_boottime_ns,
+            default_ttl_s=self._settings.default_ttl_s,
+            configured_margin_s=self._settings.margin_s,
+            boot_id=self._settings.boot_id,
         )
-        if ttl_s > 0:
-            self._last_ttl_s = ttl_s
-        sent_ns = first_sent_ns if counts_from_first else reply.sent_boottime_ns
-        # A lease that had ended when the answer was written is kept as one that has just ended.
-        lease = leasing.lease(max(ttl_s, 0.001), sent_ns, self._settings.margin_s, self._settings.boot_id)
+        if lease.ttl_s > leasing.JUST_ENDED_S:
+            self._last_ttl_s = lease.ttl_s
         return NewAttempt(
             task=claim.task,
             attempt_id=AttemptId(claim.attempt_id),

@@ -15,7 +15,8 @@ import random
 import signal
 import urllib.parse
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import structlog
 
@@ -29,7 +30,7 @@ from remotegpu_agent.bookkeeping import Books
 from remotegpu_agent.canary import BreakerKeeper
 from remotegpu_agent.capacity import capacity_of
 from remotegpu_agent.claims import Claimer, ClaimSettings
-from remotegpu_agent.clock import SystemClock
+from remotegpu_agent.clock import Clock, SystemClock
 from remotegpu_agent.config import Config, token_path
 from remotegpu_agent.control_plane import ControlPlane, TlsFiles
 from remotegpu_agent.dead_letters import DeadLetters
@@ -49,7 +50,7 @@ from remotegpu_agent.runspec import RunSettings, find_user
 from remotegpu_agent.standing import Standing
 from remotegpu_agent.supervise import Loops
 from remotegpu_queue import outbox, units, views
-from remotegpu_queue.admission import Floors
+from remotegpu_queue.admission import Floors, Readings
 from remotegpu_queue.breaker import Rules
 from remotegpu_queue.outbox import Report
 from remotegpu_queue.store import Store, StoreUnavailable
@@ -59,11 +60,11 @@ from remotegpu_schemas.attempt import AttemptId
 from remotegpu_schemas.errors import Misconfigured
 from remotegpu_schemas.states import Cause
 from remotegpu_schemas.task import OnUnreachable
-from remotegpu_schemas.wire import HeartbeatAnswer, RegisterRequest
+from remotegpu_schemas.wire import HeartbeatAnswer, JsonObject, RegisterRequest
 from remotegpu_sidecar import identity
 from remotegpu_sidecar.adoption import directory_name
 from remotegpu_sidecar.launcher import Launcher, LaunchError
-from remotegpu_sidecar.placement import Placement, choose
+from remotegpu_sidecar.placement import choose
 
 log = structlog.get_logger(__name__)
 
@@ -103,20 +104,34 @@ def _on_signals(stopping: asyncio.Event) -> None:
         asyncio.get_running_loop().add_signal_handler(number, ask_to_stop, number)
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What the agent meets outside of itself: time, chance, ids, processes, the host. The simulator has its own."""
+
+    clock: Clock
+    random: Callable[[], float]
+    new_id: Callable[[], str]
+    launcher: Launcher
+    watcher: DirectoryWatcher
+    metrics: Callable[[], Awaitable[JsonObject]]
+    read_host: Callable[[], Readings]
+
+
 class Agent:
     """All the parts of a running agent. Made by `start`; whatever is on the exit stack stops them."""
 
-    def __init__(self, config: Config, names: Names, store: Store, loops: Loops, placement: Placement) -> None:
+    def __init__(self, config: Config, names: Names, store: Store, loops: Loops, outside: Surroundings) -> None:
         self._config = config
         self._names = names
         self._store = store
         self._loops = loops
-        self._clock = SystemClock()
+        self._outside = outside
+        self._clock = outside.clock
         self._state_dir = config.agent.state_dir
         self._attempts_dir = self._state_dir / "attempts"
         self._announcer = Announcer()
-        self._watcher = DirectoryWatcher()
-        self._launcher = Launcher(self._attempts_dir, placement)
+        self._watcher = outside.watcher
+        self._launcher = outside.launcher
         self._standing = Standing(config.control_plane.url)
         self._draining = Drain(store, self._clock, on_changed=self._on_free)
         self._host_watch = self._make_host_watch()
@@ -142,6 +157,7 @@ class Agent:
         self._standing.drain_sentence = lambda: self._draining.sentence
         self._standing.host_blocks = lambda: self._host_watch.blocks
         self._standing.breaker_block = lambda: self._breaker.block
+        self._operations = self._make_operations()
         self._api = self._make_api()
         self._plane: ControlPlane | None = None
         self._presence: Presence | None = None
@@ -158,8 +174,17 @@ class Agent:
         loops = Loops()
         placement = await choose(config.tasks.placement)
         log.info("placement of runs", kind=placement.kind, missing=placement.missing)
-        agent = cls(config, names, store, loops, placement)
-        stack.callback(agent._watcher.close)
+        outside = Surroundings(
+            clock=SystemClock(),
+            random=random.random,
+            new_id=_new_id,
+            launcher=Launcher(config.agent.state_dir / "attempts", placement),
+            watcher=DirectoryWatcher(),
+            metrics=host.HostMetrics(config.agent.state_dir).heartbeat_metrics,
+            read_host=lambda: read_host(config.agent.state_dir),
+        )
+        stack.callback(outside.watcher.close)
+        agent = cls(config, names, store, loops, outside)
         await agent._launcher.start()
         stack.push_async_callback(agent._launcher.stop)
         await agent._open_plane(environ, stack)
@@ -213,7 +238,7 @@ class Agent:
             inodes=admission.inodes_free,
             memory_bytes=round(admission.memory_free_gb * limits.GIB),
         )
-        return HostWatch(floors, lambda: read_host(self._state_dir), on_changed=self._on_free)
+        return HostWatch(floors, self._outside.read_host, on_changed=self._on_free)
 
     def _make_breaker(self) -> BreakerKeeper:
         section = self._config.breaker
@@ -224,7 +249,7 @@ class Agent:
             Rules(section.failures, section.within, section.probe_interval, section.probe_max_interval),
             boot_id=self._names.boot_id,
             command=section.canary_command,
-            new_id=_new_id,
+            new_id=self._outside.new_id,
             active=self._executor.active.values,
             on_changed=self._on_decided,
             on_submitted=self._on_free,
@@ -245,15 +270,14 @@ class Agent:
             self._clock,
             settings,
             self._loops,
-            random.random,
+            self._outside.random,
             extend=self._executor.extend,
             stop=self._executor.stop,
             has_process=lambda attempt_id: attempt_id in self._executor.active,
         )
 
-    def _make_api(self) -> ApiServer:
-        api = self._config.api
-        operations = AgentOperations(
+    def _make_operations(self) -> AgentOperations:
+        return AgentOperations(
             agent_id=self._names.agent_id,
             machine_id=self._names.machine_id,
             boot_id=self._names.boot_id,
@@ -273,8 +297,11 @@ class Agent:
             host_watch=self._host_watch,
             loops=self._loops,
             clock=self._clock,
-            new_id=_new_id,
+            new_id=self._outside.new_id,
         )
+
+    def _make_api(self) -> ApiServer:
+        api = self._config.api
         settings = ApiSettings(
             state_dir=self._state_dir,
             machine_id=self._names.machine_id,
@@ -287,14 +314,14 @@ class Agent:
                 for caller in api.legacy_callers
             ),
         )
-        return ApiServer(operations, settings, AuditLog(self._state_dir / "audit"))
+        return ApiServer(self._operations, settings, AuditLog(self._state_dir / "audit"))
 
     async def _open_plane(self, environ: Mapping[str, str], stack: contextlib.AsyncExitStack) -> None:
         """The control plane and the three loops that talk to it; none for a stand-alone agent."""
         plane = self._config.control_plane
         if plane.url is None:
             return
-        self._plane = await stack.enter_async_context(
+        opened = await stack.enter_async_context(
             ControlPlane(
                 plane.url,
                 token_file=token_path(self._config, environ),
@@ -304,13 +331,17 @@ class Agent:
                 on_reconnect=self._on_reconnect,
             )
         )
-        self._leases.plane = self._standing.plane = self._plane
+        self._use_plane(opened)
+
+    def _use_plane(self, opened: ControlPlane) -> None:
+        plane = self._config.control_plane
+        self._plane = self._leases.plane = self._standing.plane = opened
         self._presence = Presence(
             self._plane,
             interval_s=plane.heartbeat_interval,
-            random=random.random,
+            random=self._outside.random,
             describe=self._describe,
-            metrics=host.HostMetrics(self._state_dir).heartbeat_metrics,
+            metrics=self._outside.metrics,
             state=lambda: HostState(self._standing.state, self._standing.reasons),
             on_registered=self._on_registered,
             on_answer=self._on_heartbeat,
@@ -323,7 +354,7 @@ class Agent:
             self._plane,
             self._clock,
             self._loops,
-            random.random,
+            self._outside.random,
             on_settled=self._on_settled,
             on_refused=self._executor.stop,
         )
@@ -342,8 +373,8 @@ class Agent:
                 default_ttl_s=self._config.lease.ttl,
                 margin_s=self._config.lease.margin,
             ),
-            random=random.random,
-            new_id=_new_id,
+            random=self._outside.random,
+            new_id=self._outside.new_id,
             blocked=self._standing.blocked,
             bound=self._breaker.room,
             can_release=self._can_release,
@@ -391,7 +422,10 @@ class Agent:
 
     async def _hasten_starts(self) -> None:
         now_ns = self._clock.boottime_ns()
-        await self._store.write(lambda db: outbox.hasten_starts(db, now_ns))
+        try:
+            await self._store.write(lambda db: outbox.hasten_starts(db, now_ns))
+        except StoreUnavailable as error:
+            log.error("start reports cannot be brought forward; they go in their own time", error=str(error))
         self._on_report()
 
     def _on_registered(self) -> None:
@@ -412,7 +446,10 @@ class Agent:
     async def _on_claimed(self, results: Sequence[ClaimResult]) -> None:
         for result in results:
             for attempt_id in result.superseded:
-                await self._executor.stop(attempt_id, Cause.SUPERSEDED)
+                try:
+                    await self._executor.stop(attempt_id, Cause.SUPERSEDED)
+                except StoreUnavailable as error:  # it has ended meanwhile; that it is to end was stored with the claim
+                    log.error("a superseded attempt cannot be stopped", attempt_id=attempt_id, error=str(error))
         self._on_report()  # what was refused or given back
         await self._dispatcher.decide()
         for result in results:

@@ -230,7 +230,12 @@ class Executor:
         state, record = (found.state, found.record) if found is not None else (AdoptedState.NEVER_STARTED, None)
         if found is not None and (found.left_pids or state is AdoptedState.UNREADABLE):
             await self._clear(active, found)
-        if active.stop_cause is None and record is not None and was_stopped(record) and _is_of_another_boot(record):
+        if (
+            active.stop_cause is None
+            and record is not None
+            and was_stopped(record)
+            and _is_of_another_boot(record, self._books.boot_id)
+        ):
             active.stop_cause = Cause.HOST_SHUTDOWN  # no agent asked for it, nor lived to see it
         missing = _MISSING.get(state, Missing.SHIM_LOST)
         await self._finish(active, record, lambda cause: _judged(record, missing, cause))
@@ -369,13 +374,13 @@ class Executor:
         """Stop an attempt: its process with the grace period (or at once), or its waiting. False if it has ended.
 
         The reason is on disk before any signal is sent (unless the store does not answer: then it is stored with the
-        end); the first reason counts. Safe to repeat. Raises StoreUnavailable for an attempt that has no process.
+        end); the first reason counts. Safe to repeat. Raises StoreUnavailable for an attempt that has no run.
         """
         try:
-            stored, counts = await self._books.stop(attempt_id, cause)
+            stored, counts = await self._books.stop(attempt_id, cause, self._stopped_late)
         except StoreUnavailable as error:
             active = self.active.get(attempt_id)
-            if active is None or active.run is None:
+            if active is None or active.attempt is None or active.outcome is not None:
                 raise
             log.error("a stop cannot be stored yet", attempt_id=attempt_id, cause=cause, error=str(error))
             stored = StopStored.REQUESTED
@@ -391,6 +396,11 @@ class Executor:
             active.is_kill = active.is_kill or is_kill
             self._signal(active)
         return stored is not StopStored.HAD_ENDED
+
+    def _stopped_late(self) -> None:
+        """The store took a stop that nobody waits for any more: there may be a report, and room."""
+        self._on_report()
+        self._on_free()
 
     def _signal(self, active: Active) -> None:
         if active.run is None:
@@ -434,8 +444,8 @@ def was_stopped(record: RunRecord) -> bool:
     return record.ended is not None and record.ended.ended_by is EndedBy.STOP
 
 
-def _is_of_another_boot(record: RunRecord) -> bool:
-    return record.started is not None and record.started.shim.boot_id != identity.boot_id()
+def _is_of_another_boot(record: RunRecord, boot_id: str) -> bool:
+    return record.started is not None and record.started.shim.boot_id != boot_id
 
 
 def _judged(record: RunRecord | None, missing: str, stop_cause: Cause | None) -> Outcome:

@@ -6,7 +6,8 @@ an expiry is only read against the `Date` header of the same answer.
 
 from __future__ import annotations
 
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Final
 
 from remotegpu_queue.backoff import full_jitter
@@ -16,6 +17,7 @@ from remotegpu_schemas.attempt import Lease
 _NS: Final = 1_000_000_000
 _MARGIN_MAX_SHARE: Final = 0.25
 _RENEW_JITTER: Final = 0.2
+JUST_ENDED_S: Final = 0.001
 
 
 def margin_s(ttl_s: float, configured_s: float) -> float:
@@ -46,18 +48,53 @@ def lease(ttl_s: float, sent_boottime_ns: int, configured_margin_s: float, boot_
     return Lease(ttl_s=ttl_s, deadline_boottime_ns=deadline_ns, boot_id=boot_id)
 
 
-def claimed_ttl_s(
-    stated_ttl_s: float | None, expires_at: datetime | None, answered_at: datetime | None, default_ttl_s: float
-) -> tuple[float, bool]:
-    """The ttl of a claim, and whether it counts from the *first* sending of the request.
+@dataclass(frozen=True)
+class Terms:
+    """What a claim's answer says of the lease; times are the plane's, `answered_at` is its `Date`."""
 
-    A repeated claim gets the same answer again: a stated ttl or the default then counts from the first time, what is
-    left until an expiry counts from the last.
+    ttl_s: float | None
+    expires_at: datetime | None
+    assigned_at: datetime | None
+    answered_at: datetime | None
+
+
+def claimed(
+    terms: Terms,
+    *,
+    first_sent_ns: int,
+    last_sent_ns: int,
+    default_ttl_s: float,
+    configured_margin_s: float,
+    boot_id: str,
+) -> Lease:
+    """The lease of a claim that was sent once or more often (CLOCK_BOOTTIME ns) before it was answered.
+
+    A stated ttl or the default counts from the *first* sending, since a repeated claim gets the same answer again; what
+    is left until an expiry counts from the last. Neither is ever too long: the later end counts. A lease that had ended
+    when the answer was written is given as one that has just ended.
     """
-    if stated_ttl_s is not None:
-        return stated_ttl_s, True
-    until = ttl_until(expires_at, answered_at)
-    return (default_ttl_s, True) if until is None else (until, False)
+    ttl_s = default_ttl_s if terms.ttl_s is None else terms.ttl_s
+    left_s = ttl_until(terms.expires_at or _presumed_expiry(terms, default_ttl_s), terms.answered_at)
+    if left_s is None:
+        return lease(ttl_s, first_sent_ns, configured_margin_s, boot_id)
+    left_s = max(left_s, JUST_ENDED_S)
+    if terms.ttl_s is None:
+        return lease(left_s, last_sent_ns, configured_margin_s, boot_id)
+    by_expiry = lease(min(left_s, ttl_s), last_sent_ns, configured_margin_s, boot_id)
+    stated = lease(ttl_s, first_sent_ns, configured_margin_s, boot_id)
+    later_ns = max(stated.deadline_boottime_ns, by_expiry.deadline_boottime_ns)
+    return stated.model_copy(update={"deadline_boottime_ns": later_ns})
+
+
+def _presumed_expiry(terms: Terms, default_ttl_s: float) -> datetime | None:
+    """Of a plane that tells neither ttl nor expiry, and repeats in its answers what it gave away before.
+
+    A time of assignment that lies in the future, or a whole lease back, is in some other time zone.
+    """
+    if terms.ttl_s is not None or terms.assigned_at is None or terms.answered_at is None:
+        return None
+    age_s = (terms.answered_at - terms.assigned_at).total_seconds()
+    return terms.assigned_at + timedelta(seconds=default_ttl_s) if -1.0 <= age_s < default_ttl_s else None
 
 
 def renew_after_s(ttl_s: float, interval_s: float, fraction: float) -> float:

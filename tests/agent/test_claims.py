@@ -19,7 +19,7 @@ from remotegpu_queue import views
 from remotegpu_queue.rows import Attempt
 from remotegpu_queue.units import ClaimResult
 from remotegpu_schemas.states import Cause
-from tests.agent.support import AGENT, BOOT, Contact, Host, S, Told, contact, gather, host
+from tests.agent.support import AGENT, BOOT, Contact, Host, S, Told, contact, host
 from tests.control_plane.support import MACHINE
 from tests.waiting import DEADLINE_S, until
 
@@ -205,20 +205,30 @@ async def test_an_answer_that_refuses_ends_the_request(tmp_path: Path) -> None:
         assert len(claiming_.request_ids) == 2
 
 
+async def test_a_claim_that_may_have_been_obeyed_keeps_its_id(tmp_path: Path) -> None:
+    """F13, F51: a lost answer, then a hiccup: what was given to the first try comes with the third."""
+    hiccup = Respond(409, b'{"code": 409, "message": "hiccup"}')
+    async with claiming(tmp_path, DropAfter(), hiccup, slots=1, reasons=["not yet"]) as claiming_:
+        [task_id] = await claiming_.contact.operator.submit()
+        claiming_.reasons.clear()
+        claiming_.claimer.changed()
+        [result] = (await claiming_.claimed.wait())[0]
+        assert result.is_new
+        assert await claiming_.contact.operator.events(task_id) == ["created", "claimed"]
+
+
 async def test_a_lease_counts_from_the_first_sending(tmp_path: Path) -> None:
-    """A stated lease of 60 s whose answer was lost counts from the first request, not from the repeat."""
-    async with claiming(tmp_path, DropAfter(), slots=1, reasons=["not yet"]) as claiming_:
-        [task_id] = await claiming_.contact.operator.submit({"command": "true", "lease_ttl_sec": 60})
-        hold = Hold()
-        claiming_.contact.plane.faults.order("claim", hold)
+    """A stated lease of 60 s, told by the answer to a repeat 20 s later, counts from the first request."""
+    task = {"id": "t1", "command": "true", "attempt_id": "a1", "lease_ttl_sec": 60}
+    answer = json.dumps({"code": 0, "message": "ok", "data": {"tasks": [task]}}).encode()
+    async with claiming(tmp_path, DropBefore(), Respond(200, answer), slots=1, reasons=["not yet"]) as claiming_:
         claiming_.reasons.clear()
         before_ns = claiming_.host.clock.boottime_ns()
         claiming_.claimer.changed()
-        await gather(hold.reached.wait())
+        await claiming_.calls(1)
         claiming_.host.clock.move(20)
-        hold.release.set()
         await claiming_.claimed.wait()
-        lease = (await claiming_.attempt_of(task_id)).lease
+        lease = (await claiming_.attempt_of("t1")).lease
         assert lease is not None
         assert lease.deadline_boottime_ns - before_ns == pytest.approx(59 * S, abs=3 * S)
 

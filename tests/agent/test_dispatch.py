@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import sqlite3
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from remotegpu_agent import bookkeeping
 from remotegpu_queue import views
+from remotegpu_queue.store import StoreUnavailable
 from remotegpu_schemas.attempt import AttemptId
 from remotegpu_schemas.states import Cause, TaskState
+from remotegpu_sidecar.launcher import Run
 from tests.agent.support import Host, add_attempt, host
-from tests.waiting import until
+from tests.waiting import until, until_so
 
 SLEEP: dict[str, Any] = {"command": "sleep 60"}
 
@@ -150,6 +156,47 @@ async def test_f24_a_process_is_stopped_although_the_reason_cannot_be_stored(par
     await parts.opened.take_writes()
     await parts.has_ended(attempt.attempt_id)
     assert (await parts.attempt(attempt.attempt_id)).cause is Cause.SUPERSEDED
+
+
+async def test_f24_a_run_that_is_being_started_is_stopped_although_the_reason_cannot_be_stored(
+    parts: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F24, F14: a superseded run whose shim has not been told to go yet does not go on for the rest of its lease."""
+    attempt = await parts.add("t", ttl_s=300.0, **SLEEP)
+    launch, launching, may_go = parts.launcher.launch, asyncio.Event(), asyncio.Event()
+
+    async def slowly(*args: Any) -> Run:
+        launching.set()
+        await may_go.wait()
+        return await launch(*args)
+
+    monkeypatch.setattr(parts.launcher, "launch", slowly)
+    await parts.dispatcher.decide()
+    await launching.wait()
+    await parts.opened.refuse_writes()
+    assert await parts.executor.stop(attempt.attempt_id, Cause.SUPERSEDED)
+    may_go.set()
+    active = parts.executor.active[attempt.attempt_id]
+    await until_so(lambda: active.run is not None)
+    assert active.run is not None
+    await active.run.wait()
+    await parts.opened.take_writes()
+    await parts.has_ended(attempt.attempt_id)
+    assert (await parts.attempt(attempt.attempt_id)).cause is Cause.SUPERSEDED
+
+
+async def test_a_stop_that_the_store_takes_late_is_reported(parts: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for it any more, and the reporter, which looks only when it is told, is told all the same."""
+    monkeypatch.setattr(bookkeeping, "_STOP_PATIENCE_S", 0.05)
+    attempt = await parts.add("t", ttl_s=300.0)
+    with contextlib.closing(sqlite3.connect(parts.directory / "queue.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreUnavailable):
+            await parts.executor.stop(attempt.attempt_id, Cause.CANCELLED)
+        assert not parts.reported.calls
+        other.execute("ROLLBACK")
+    await parts.reported.wait()
+    assert (await parts.attempt(attempt.attempt_id)).cause is Cause.CANCELLED
 
 
 async def test_a_cancel_between_two_runs_is_not_lost(parts: Host) -> None:

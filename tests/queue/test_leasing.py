@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from remotegpu_queue import leasing
 from remotegpu_schemas import limits
+from remotegpu_schemas.attempt import Lease
 
 _S = 1_000_000_000
 _TTLS = st.floats(0.001, 1e6)
@@ -73,21 +74,67 @@ def test_ttl_until_across_time_zones() -> None:
     assert leasing.ttl_until(expires_at, _ANSWERED) == 59.0
 
 
+_FIRST_NS = 1_000 * _S
+_LAST_NS = 1_040 * _S
+"""The claim was repeated 40 s after it had been sent first."""
+
+
+def _claimed(ttl_s: float | None, expires_in_s: float | None, assigned_ago_s: float | None) -> Lease:
+    def at(seconds: float | None) -> datetime | None:
+        return None if seconds is None else _ANSWERED + timedelta(seconds=seconds)
+
+    assigned_at = None if assigned_ago_s is None else at(-assigned_ago_s)
+    return leasing.claimed(
+        leasing.Terms(ttl_s, at(expires_in_s), assigned_at, _ANSWERED),
+        first_sent_ns=_FIRST_NS,
+        last_sent_ns=_LAST_NS,
+        default_ttl_s=300.0,
+        configured_margin_s=0.0,
+        boot_id="b",
+    )
+
+
 @pytest.mark.parametrize(
-    ("stated_s", "expires_at", "answered_at", "expected"),
+    ("ttl_s", "expires_in_s", "assigned_ago_s", "ends_s"),
     [
-        (60.0, _ANSWERED, _ANSWERED, (60.0, True)),
-        (None, _ANSWERED + timedelta(seconds=61), _ANSWERED, (60.0, False)),
-        (None, _ANSWERED - timedelta(seconds=1), _ANSWERED, (-2.0, False)),
-        (None, _ANSWERED, None, (300.0, True)),
-        (None, None, _ANSWERED, (300.0, True)),
+        (60.0, None, None, 1_000 + 60),
+        (60.0, 21.0, None, 1_000 + 60),
+        (60.0, 61.0, None, 1_040 + 60),
+        (60.0, 7200.0, None, 1_040 + 60),
+        (60.0, -5.0, None, 1_000 + 60),
+        (None, 61.0, None, 1_040 + 60),
+        (None, None, None, 1_000 + 300),
+        (None, None, 10.0, 1_040 + 289),
+        (None, None, 299.5, 1_040),
+        (None, None, 28_800.0, 1_000 + 300),
+        (None, None, -28_800.0, 1_000 + 300),
+    ],
+    ids=[
+        "stated: from the first sending",
+        "as little is left as is stated",
+        "more is left: it was given to the repeat",
+        "a Date of somebody else's clock",
+        "stated, and over",
+        "only an expiry: from the last sending",
+        "nothing: the default from the first sending",
+        "assigned before, and told again",
+        "assigned a lease ago",
+        "assigned by another time zone",
+        "assigned in the future",
     ],
 )
-def test_ttl_of_a_claim(
-    stated_s: float | None, expires_at: datetime | None, answered_at: datetime | None, expected: tuple[float, bool]
+def test_lease_of_a_claim(
+    ttl_s: float | None, expires_in_s: float | None, assigned_ago_s: float | None, ends_s: float
 ) -> None:
-    """The stated ttl, else the expiry on the plane's clock, else the default; the expiry counts from the last try."""
-    assert leasing.claimed_ttl_s(stated_s, expires_at, answered_at, 300.0) == expected
+    """Stated ttl or default count from the first sending, what is left from the last; the later one counts."""
+    lease = _claimed(ttl_s, expires_in_s, assigned_ago_s)
+    assert lease.deadline_boottime_ns == pytest.approx(ends_s * _S, abs=0.01 * _S)
+    assert lease.ttl_s == (ttl_s or lease.ttl_s)
+
+
+def test_a_claimed_lease_that_had_ended_is_over() -> None:
+    """By the plane's own clocks: it ends with the sending."""
+    assert _claimed(None, -1.0, None).deadline_boottime_ns == pytest.approx(_LAST_NS, abs=0.01 * _S)
 
 
 @given(_TTLS, st.floats(0.1, 1e5), _FRACTIONS)

@@ -204,7 +204,7 @@ def test_everything_that_a_deployed_plane_sends_at_once() -> None:
         interpreter="",
     )
     (parsed,) = parse_claims({"tasks": [item]})
-    assert parsed == claim(lease_expires_at="2026-02-05T12:00:00Z")
+    assert parsed == claim(lease_expires_at="2026-02-05T12:00:00Z", assigned_at="2026-02-05T12:00:00.123456Z")
 
 
 @pytest.mark.parametrize("data", [{}, {"tasks": None}, {"tasks": []}, {"tasks": {}}])

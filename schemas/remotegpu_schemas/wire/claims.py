@@ -32,6 +32,7 @@ class Claim:
     retries_used: int
     lease_ttl_s: float | None
     lease_expires_at: datetime | None
+    assigned_at: datetime | None
     renew_interval_s: float | None
 
 
@@ -108,6 +109,7 @@ def _parse_claim(item: object) -> ClaimItem:
         retries_used=_count(item.get("retry_count")),
         lease_ttl_s=form.lease_ttl_sec or None,
         lease_expires_at=parse_time(item.get("lease_expires_at")),
+        assigned_at=parse_time(item.get("assigned_at")),
         renew_interval_s=form.renew_interval_sec or None,
     )
 
