@@ -318,7 +318,14 @@ def test_f48_no_query_scans_without_need(db: sqlite3.Connection) -> None:
         plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {text}", values)]
         if any(re.match(r"SCAN (?!CONSTANT|\(|.*USING INDEX (attempts_waiting|runs_one_open))", step) for step in plan):
             scanning.add(name)
-    assert scanning == {"count_by_state", "count_reports", "dead_letters", "ended_runs", "is_outbox_full", "rebase_outbox"}
+    assert scanning == {
+        "count_by_state",
+        "count_reports",
+        "dead_letters",
+        "ended_runs",
+        "is_outbox_full",
+        "rebase_outbox",
+    }
 
 
 def test_query_names_are_unique() -> None:

@@ -99,9 +99,7 @@ async def test_busy_loops_use_no_processor_while_suspended(launcher: Launcher, t
 @both_placements
 async def test_whom_the_task_had_stopped_itself_stays_so(launcher: Launcher, tmp_path: Path) -> None:
     """A process that the task holds with SIGSTOP is not woken by a resume; the others go on."""
-    script = (
-        f"sleep 1000 & echo $! >{tmp_path}/held; kill -STOP $!; echo up >{tmp_path}/up; while :; do :; done & wait"
-    )
+    script = f"sleep 1000 & echo $! >{tmp_path}/held; kill -STOP $!; echo up >{tmp_path}/up; while :; do :; done & wait"
     run = await launched(launcher, make_spec(*sh(script)))
     await until_file(tmp_path / "up")
     held = int((tmp_path / "held").read_text())

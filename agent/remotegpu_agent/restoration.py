@@ -1,0 +1,206 @@
+"""What the attempt directories know and the database does not: written back before anything is adopted.
+
+That is so after a damaged database or log, and after a backup was put back. A run that lives goes on as ever; the end
+of one that is over is stored and reported, and no further run follows: whether one was still to come, or its end had
+been asked for meanwhile, nobody knows any more.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+from pydantic import ValidationError
+
+from remotegpu_agent.executor import MISSING, was_stopped
+from remotegpu_agent.reports import Reports, usage_of
+from remotegpu_queue import restoring, units, views
+from remotegpu_queue.restoring import LostRun, WrittenBack
+from remotegpu_queue.store import LostRace, Store
+from remotegpu_queue.transitions import AfterRun, Missing, Outcome, final_event, outcome_of, outcome_of_missing
+from remotegpu_schemas.attempt import AttemptId, Lease, Memo, RunRecord, RunSpec
+from remotegpu_schemas.states import CAUSE_RULES, Cause
+from remotegpu_schemas.task import Task
+from remotegpu_sidecar import record
+from remotegpu_sidecar.launcher import Adopted
+
+log = structlog.get_logger(__name__)
+
+_RECORDS_ASKED_MAX: Final = 100
+_NAMES: Final = {"REMOTEGPU_AGENT_ID": "agent_id", "REMOTEGPU_MACHINE_ID": "machine_id"}
+
+
+@dataclass(frozen=True)
+class Restored:
+    """How many attempts were written back: alive, over, and those that could not be."""
+
+    alive: int = 0
+    over: int = 0
+    left: int = 0
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """Writes back. `is_rebuild`: the database is new, so that even what an older release has left is taken in.
+
+    `default_ttl_s` is the lease of a run whose release did not write it down.
+    """
+
+    store: Store
+    reports: Reports
+    boot_id: str
+    now_ms: int
+    is_rebuild: bool
+    default_ttl_s: float
+
+    async def restore(self, found: Sequence[Adopted]) -> Restored:
+        """Write back every attempt of which a directory is unknown. Safe to repeat after a crash."""
+        groups: dict[AttemptId, list[Adopted]] = defaultdict(list)
+        for each in sorted(found, key=lambda each: each.run_no or 0):
+            if each.attempt_id is not None and each.run_no is not None and each.record is not None:
+                groups[each.attempt_id].append(each)
+        keys = [(attempt_id, each.run_no or 0) for attempt_id, group in groups.items() for each in group]
+        known = await self.store.read(lambda db: views.known_runs(db, keys))
+        lost = {attempt_id for attempt_id, run_no in keys if (attempt_id, run_no) not in known}
+        memos = {attempt_id: self._memo(groups[attempt_id][-1]) for attempt_id in lost}
+        alive = over = left = 0
+        # A task's attempts in their order: the last one is the task's.
+        for attempt_id, memo in sorted(memos.items(), key=lambda item: item[1].submitted_at_ms if item[1] else 0):
+            group = groups[attempt_id]
+            if memo is None:
+                left += 1
+                continue
+            is_over = group[-1].run is None and not group[-1].left_pids
+            if await self._write_back(attempt_id, memo, group, is_over=is_over):
+                over, alive = over + is_over, alive + (not is_over)
+            else:
+                left += 1
+        return Restored(alive, over, left)
+
+    async def _write_back(self, attempt_id: AttemptId, memo: Memo, group: list[Adopted], *, is_over: bool) -> bool:
+        def unit(db: sqlite3.Connection) -> WrittenBack:
+            runs = [run for each in group if (run := self._lost_run(attempt_id, memo, each)) is not None]
+            written = restoring.write_back(db, attempt_id, memo, runs, self.boot_id, self.now_ms)
+            if written is WrittenBack.NEW and is_over:
+                self._conclude(db, attempt_id, runs[-1], group[-1].record)
+            return written
+
+        try:
+            written = await self.store.insist(unit, "a lost attempt")
+        except (sqlite3.IntegrityError, LostRace) as error:
+            log.error("an attempt cannot be written back", attempt_id=attempt_id, error=str(error))
+            return False
+        log.warning(
+            "an attempt was written back", attempt_id=attempt_id, task_id=memo.task.id, was=written.name.lower()
+        )
+        return written is not WrittenBack.LEFT
+
+    def _conclude(self, db: sqlite3.Connection, attempt_id: AttemptId, run: LostRun, found: RunRecord | None) -> None:
+        """Nothing lives of it: its last run's end is the attempt's."""
+        attempt = views.attempt(db, attempt_id)
+        if attempt is None or run.outcome is None:
+            raise LostRace(f"attempt {attempt_id} was not written back")
+        outcome, ended = run.outcome, run.ended
+        ended_ms = ended.ended_wall_ns // 1_000_000 if ended is not None else self.now_ms
+        outputs = self.reports.read_outputs(attempt, run.run_no, found)
+        units.run_ended(
+            db,
+            attempt_id,
+            run.run_no,
+            outcome,
+            AfterRun(final_event(outcome.cause), attempt.retries_used, attempt.free_retries_used),
+            ended_at_ms=ended_ms,
+            ready_boottime_ns=0,
+            boot_id=self.boot_id,
+            usage=usage_of(ended.usage) if ended is not None else None,
+            report=self.reports.complete(attempt, run.run_no, outcome, outputs, ended_ms),
+            drop_reports=not CAUSE_RULES[outcome.cause].is_reported,
+        )
+
+    def _lost_run(self, attempt_id: AttemptId, memo: Memo, found: Adopted) -> LostRun | None:
+        if found.run_no is None or found.record is None:
+            return None
+        started = found.record.started
+        report = None
+        if started is not None and memo.origin == "control_plane":
+            report = self.reports.start_body(attempt_id, found.run_no, started)
+        return LostRun(
+            found.run_no,
+            started,
+            found.record.ended,
+            self._outcome(found.record, found) if found.run is None else None,
+            report,
+            found.run is not None and found.run.is_to_be_suspended,
+        )
+
+    def _outcome(self, found_record: RunRecord, found: Adopted) -> Outcome:
+        started, ended = found_record.started, found_record.ended
+        if ended is None:
+            return outcome_of_missing(MISSING.get(found.state, Missing.SHIM_LOST))
+        is_of_another_boot = started is not None and started.shim.boot_id != self.boot_id
+        stop_cause = Cause.HOST_SHUTDOWN if was_stopped(found_record) and is_of_another_boot else None
+        return outcome_of(ended, stop_cause, found_record.spec.timeout_s)
+
+    def _memo(self, found: Adopted) -> Memo | None:
+        spec = found.record.spec if found.record is not None else None
+        if spec is None:
+            return None
+        if spec.memo is not None:
+            try:
+                return Memo.model_validate(spec.memo)
+            except ValidationError as error:
+                log.error("the memo of a run cannot be read", directory=str(found.directory), error=str(error)[:300])
+        return self._guessed_memo(spec, found) if self.is_rebuild else None
+
+    def _guessed_memo(self, spec: RunSpec, found: Adopted) -> Memo | None:
+        """Of a run that an older release began: what its spec tells. It has no retries, labels nor priority."""
+        deadline_ns = found.run.deadline_boottime_ns if found.run is not None else None
+        has_lease = deadline_ns is not None or spec.lease_grace_s > 0
+        started_ms = self.now_ms
+        if found.record is not None and found.record.started is not None:
+            started_ms = found.record.started.started_wall_ns // 1_000_000
+        try:
+            task = Task(id=spec.task_id, command=spec.argv[0], args=spec.argv[1:], timeout_s=spec.timeout_s or 0.0)
+        except ValidationError:  # it runs all the same, though today it would not be taken
+            task = Task(id=spec.task_id, name="not known any more", command="false")
+        lease = None
+        if has_lease:
+            lease = Lease(ttl_s=self.default_ttl_s, deadline_boottime_ns=deadline_ns or 0, boot_id=self.boot_id)
+        return Memo(
+            task=task,
+            origin="control_plane" if has_lease else "local",
+            submitted_at_ms=started_ms,
+            started_at_ms=started_ms,
+            lease=lease,
+        )
+
+
+def names_on_record(attempts_dir: Path) -> Mapping[str, str]:
+    """What the agent and its machine were called, from the environment of the newest run that can be read."""
+    for directory in _newest(attempts_dir):
+        try:
+            lines, _complaints = record.read(directory / record.FILE_NAME)
+        except OSError:
+            continue
+        env = lines.get("spec", {}).get("env")
+        if isinstance(env, dict):
+            found = {key: str(env[name]) for name, key in _NAMES.items() if name in env}
+            if found:
+                return found
+    return {}
+
+
+def _newest(attempts_dir: Path) -> Iterator[Path]:
+    try:
+        with os.scandir(attempts_dir) as entries:
+            dated = [(entry.stat(follow_symlinks=False).st_mtime_ns, entry.path) for entry in entries]
+    except OSError:
+        return
+    for _, path in sorted(dated, reverse=True)[:_RECORDS_ASKED_MAX]:
+        yield Path(path)
