@@ -88,6 +88,20 @@ def refuse_header(path: Path) -> None:
         raise Damaged("file is not a database")
 
 
+def examine(path: Path) -> None:
+    """Look for damage where the last stop gives reason to. Raises Damaged, sqlite3.Error, OSError.
+
+    A connection that could write would bring the log into the damaged file when it is closed.
+    """
+    refuse_remains(path)
+    refuse_header(path)
+    if has_stopped_cleanly(path) or not path.exists():
+        return
+    with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        refuse_damage(db, is_thorough=suspect_path(path).exists())
+    suspect_path(path).unlink(missing_ok=True)
+
+
 def refuse_damage(db: sqlite3.Connection, *, is_thorough: bool) -> None:
     """Look at every page, and with `is_thorough` at every index too. Raises Damaged."""
     try:
@@ -135,7 +149,7 @@ def _salvage_meta(path: Path) -> dict[str, str]:
     log_path = _log_path(path)
     with contextlib.suppress(OSError):
         # With the log SQLite would write: what it has is newer, but to be had of a copy only.
-        if 0 < log_path.stat().st_size and path.stat().st_size + log_path.stat().st_size <= _COPY_MAX_BYTES:
+        if log_path.stat().st_size > 0 and path.stat().st_size + log_path.stat().st_size <= _COPY_MAX_BYTES:
             with tempfile.TemporaryDirectory(dir=path.parent) as directory:
                 copy = Path(directory) / path.name
                 shutil.copy(path, copy)

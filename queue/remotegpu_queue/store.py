@@ -360,8 +360,7 @@ class _Opened:
 async def _open_or_replace(path: Path) -> tuple[_Opened, SetAside | None]:
     """Open the database; a damaged one is set aside, and a new one opened in its place."""
     try:
-        damage.refuse_remains(path)
-        damage.refuse_header(path)
+        await _examine(path)
         return await _open(path), None
     except (sqlite3.Error, Damaged) as error:
         if not isinstance(error, Damaged) and not damage.is_damage(error):
@@ -371,22 +370,30 @@ async def _open_or_replace(path: Path) -> tuple[_Opened, SetAside | None]:
         return await _open(path), aside
 
 
+async def _examine(path: Path) -> None:
+    try:
+        await asyncio.to_thread(damage.examine, path)
+    except sqlite3.Error as error:
+        if damage.is_damage(error):
+            raise
+        log.warning("the database cannot be looked at for damage", error=str(error))  # opening it says why
+
+
 async def _open(path: Path) -> _Opened:
     """The whole of it, and on a full disk what can be had without more room."""
-    was_closed = damage.has_stopped_cleanly(path)
     try:
-        return await _connections(path, was_closed=was_closed)
+        return await _connections(path)
     except sqlite3.Error as error:
         if not _is_want_of_room(error):
             raise
         log.error("the database is opened for this process alone: there is no room to share it", error=str(error))
-        return await _connections(path, was_closed=was_closed, is_alone=True)
+        return await _connections(path, is_alone=True)
 
 
-async def _connections(path: Path, *, was_closed: bool, is_alone: bool = False) -> _Opened:
+async def _connections(path: Path, *, is_alone: bool = False) -> _Opened:
     writer = await thread_executor(path, is_alone=is_alone)
     try:
-        is_new = await writer.run(lambda db: _make_ready(db, path, was_closed=was_closed))
+        is_new = await writer.run(lambda db: _make_ready(db, path))
         reader = writer if is_alone else await thread_executor(path, is_reader=True)
     except BaseException:
         await writer.close()
@@ -394,12 +401,8 @@ async def _connections(path: Path, *, was_closed: bool, is_alone: bool = False) 
     return _Opened(writer, reader, is_new)
 
 
-def _make_ready(db: sqlite3.Connection, path: Path, *, was_closed: bool) -> bool:
-    """Look for damage where the last stop gives reason to, then migrate. Returns whether the database is new."""
-    suspect = damage.suspect_path(path)
-    if not was_closed:
-        damage.refuse_damage(db, is_thorough=suspect.exists())
-        suspect.unlink(missing_ok=True)
+def _make_ready(db: sqlite3.Connection, path: Path) -> bool:
+    """Migrate. Returns whether the database is new."""
     version: int = db.execute("PRAGMA user_version").fetchone()[0]
     if version > len(migrations()):
         damage.refuse_damage(db, is_thorough=False)  # damage may look like a newer version

@@ -380,7 +380,7 @@ async def test_f25_database_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 async def test_f26_damaged_page_is_told_apart(tmp_path: Path) -> None:
-    """F26: a page that turns out damaged while the agent runs is said to be, and the next start sets all of it aside."""
+    """F26: a page that turns out damaged while the agent runs says so, and the next start sets it all aside."""
     opened = await Store.open(tmp_path)
     for number in range(200):
         await opened.write(_put(str(number), "x" * 1000))
