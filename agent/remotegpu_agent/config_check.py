@@ -176,6 +176,8 @@ def _directory_problem(key: str, path: Path, mend: str) -> str | None:
         return f"{key}: {_cannot('use', path, error)}; {mend}"
     if not stat.S_ISDIR(mode):
         return f"{key}: {nearest} is not a directory; {mend}"
+    if os.statvfs(nearest).f_flag & os.ST_RDONLY:
+        return f"{key}: {nearest} is on a read-only file system; {mend}"
     if not os.access(nearest, os.W_OK | os.X_OK):
         is_there = nearest == path
         what = f"{path} cannot be written to" if is_there else f"{path} cannot be made: no right to write to {nearest}"
