@@ -48,6 +48,7 @@ from remotegpu_agent.recovery import recover
 from remotegpu_agent.reporter import Fate, Reporter
 from remotegpu_agent.reports import Reports
 from remotegpu_agent.restoration import Restoration, Restored, names_on_record
+from remotegpu_agent.retention import Retention, RetentionSettings
 from remotegpu_agent.runspec import RunSettings, find_user
 from remotegpu_agent.standing import Standing
 from remotegpu_agent.supervise import Loops
@@ -168,6 +169,7 @@ class Agent:
             on_decided=self._on_decided,
         )
         self._breaker = self._make_breaker()
+        self._retention = self._make_retention()
         self._progress = ProgressFollower(loops, self._watcher, self._executor.store_progress)
         self._executor.watch(started=self._follow_progress, ended=lambda run: self._progress.forget(run.attempt_id))
         self._executor.watch(started=self._breaker.started, ended=self._breaker.ended)
@@ -284,6 +286,22 @@ class Agent:
             active=self._executor.active.values,
             on_changed=self._on_decided,
             on_submitted=self._on_free,
+        )
+
+    def _make_retention(self) -> Retention:
+        retention = self._config.retention
+        settings = RetentionSettings(
+            max_age_s=retention.max_age,
+            size_max_bytes=round(retention.max_size_gb * limits.GIB),
+            audit_max_age_s=self._config.audit.retention,
+        )
+        return Retention(
+            self._store,
+            self._state_dir,
+            self._audit,
+            settings,
+            wall_s=lambda: self._clock.wall_ms() / 1000,
+            is_live=lambda task_id: any(run.task_id == task_id for run in list(self._executor.active.values())),
         )
 
     def _make_leases(self) -> LeaseKeeper:
@@ -424,6 +442,7 @@ class Agent:
             default_ttl_s=self._config.lease.ttl,
         )
         restored = await restoration.restore(found)
+        self._retention.strays = restored.strays
         await self._tell_of_rebuild(restored)
         recovered = await recover(self._store, self._executor, found)
         log.info("took stock", adopted=recovered.adopted, finished=recovered.finished)
@@ -451,6 +470,7 @@ class Agent:
     def _start_loops(self) -> None:
         self._loops.run_forever("host-watch", self._host_watch.run)
         self._loops.run_forever("dispatch", self._dispatcher.run)
+        self._loops.run_forever("retention", self._retention.run)
         if self._presence and self._claimer and self._reporter:
             self._loops.run_forever("presence", self._presence.run)
             self._loops.run_forever("claims", self._claimer.run)

@@ -28,7 +28,7 @@ from remotegpu_schemas.attempt import AttemptId, Lease, Memo, RunRecord, RunSpec
 from remotegpu_schemas.states import CAUSE_RULES, Cause
 from remotegpu_schemas.task import Task
 from remotegpu_sidecar import record
-from remotegpu_sidecar.launcher import Adopted
+from remotegpu_sidecar.launcher import Adopted, AdoptedState
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +43,8 @@ class Restored:
     alive: int = 0
     over: int = 0
     left: int = 0
+    strays: tuple[Path, ...] = ()
+    """Directories in which nothing lives and that no row knows; retention removes them by age."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ class Restoration:
                 over, alive = over + is_over, alive + (not is_over)
             else:
                 left += 1
-        return Restored(alive, over, left)
+        known = await self.store.read(lambda db: views.known_runs(db, _keys_of(found)))
+        strays = [each.directory for each in found if _is_dead(each) and not known.intersection(_keys_of([each]))]
+        return Restored(alive, over, left, tuple(strays))
 
     async def _write_back(self, attempt_id: AttemptId, memo: Memo, group: list[Adopted], *, is_over: bool) -> bool:
         def unit(db: sqlite3.Connection) -> WrittenBack:
@@ -179,6 +183,14 @@ class Restoration:
             started_at_ms=started_ms,
             lease=lease,
         )
+
+
+def _keys_of(found: Sequence[Adopted]) -> list[tuple[str, int]]:
+    return [(each.attempt_id, each.run_no) for each in found if each.attempt_id is not None and each.run_no is not None]
+
+
+def _is_dead(found: Adopted) -> bool:
+    return found.run is None and not found.left_pids and found.state is not AdoptedState.UNREADABLE
 
 
 def names_on_record(attempts_dir: Path) -> Mapping[str, str]:

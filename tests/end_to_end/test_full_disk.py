@@ -120,7 +120,9 @@ async def test_f24_a_disk_that_fills_up_while_the_agent_runs(tmp_path: Path, dis
         disk.fill()
 
         async def is_told() -> bool:
-            return any("MiB of the state directory's disk" in why for why in (await host.get("/queue/status"))["reasons"])
+            return any(
+                "MiB of the state directory's disk" in why for why in (await host.get("/queue/status"))["reasons"]
+            )
 
         await until(is_told)
         [waiting] = await all_of_it.submit({"command": "true"})

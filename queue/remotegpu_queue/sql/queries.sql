@@ -262,3 +262,24 @@ UPDATE runs
 SET state = 'ended', cause = 'agent_lost', exit_code = 125, error = 'its end was lost with the database',
     ended_at_ms = :now_ms
 WHERE attempt_id = :attempt_id AND run_no < :run_no AND state <> 'ended';
+
+-- name: finished_before
+SELECT t.task_id, t.ended_at_ms FROM attempts t
+WHERE t.is_latest = 1 AND t.ended_at_ms IS NOT NULL AND t.ended_at_ms < :before_ms
+  AND NOT EXISTS (SELECT 1 FROM attempts a WHERE a.task_id = t.task_id AND a.ended_at_ms IS NULL)
+  AND NOT EXISTS (SELECT 1 FROM attempts a JOIN outbox o USING (attempt_id) WHERE a.task_id = t.task_id)
+ORDER BY t.ended_at_ms LIMIT :limit;
+
+-- name: finished_newest_first
+SELECT task_id, ended_at_ms, seq FROM attempts
+WHERE is_latest = 1 AND ended_at_ms IS NOT NULL AND (ended_at_ms, seq) < (:ended_at_ms, :seq)
+ORDER BY ended_at_ms DESC, seq DESC LIMIT :limit;
+
+-- name: is_still_needed
+SELECT 1 FROM attempts a
+WHERE a.task_id = :task_id
+  AND (a.ended_at_ms IS NULL OR EXISTS (SELECT 1 FROM outbox o WHERE o.attempt_id = a.attempt_id))
+LIMIT 1;
+
+-- name: forget_task
+DELETE FROM attempts WHERE task_id = :task_id;
