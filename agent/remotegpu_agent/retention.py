@@ -118,9 +118,12 @@ class Retention:
         for task in tasks:
             if self._is_live(task.task_id) or not maintenance.may_be_forgotten(db, task.task_id):
                 continue
-            for attempt_id, run_no in task.runs:
-                self._attempts.throw(directory_name(attempt_id, run_no))
-            self._work.throw(task.task_id)
+            try:
+                for attempt_id, run_no in task.runs:
+                    self._attempts.throw(directory_name(attempt_id, run_no))
+                self._work.throw(task.task_id)
+            except ValueError as error:  # what is no name has no directory either
+                log.error("a task of a damaged database is forgotten", reason=str(error))
             forgotten += maintenance.forget(db, task.task_id)
         return forgotten
 

@@ -8,7 +8,6 @@ a mount point (rename(2) gives EBUSY), and no link is ever followed. Knows neith
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import os
 import secrets
@@ -44,8 +43,13 @@ class Trash:
             raise ValueError(f"{name!r} is not a name")
         with contextlib.suppress(FileExistsError):
             self._path.mkdir(mode=0o700)
+        source, target = self._parent / name, self._path / secrets.token_hex(16)
         try:
-            os.rename(self._parent / name, self._path / secrets.token_hex(16))
+            try:
+                os.rename(source, target)
+            except PermissionError:
+                os.chmod(source, 0o700)  # as in `_lift`; the parent is the agent's: no task can put a link there
+                os.rename(source, target)
         except FileNotFoundError:
             return False
         return True
@@ -125,9 +129,7 @@ def _lift(name: str, source: int, top: int) -> str:
     lifted = secrets.token_hex(16)
     try:
         os.rename(name, lifted, src_dir_fd=source, dst_dir_fd=top)
-    except OSError as error:
-        if error.errno != errno.EACCES:
-            raise
+    except PermissionError:
         os.chmod(name, 0o700, dir_fd=source)  # a directory moves only if its own `..` may be written
         os.rename(name, lifted, src_dir_fd=source, dst_dir_fd=top)
     return lifted

@@ -12,13 +12,16 @@ import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+from remotegpu_queue import damage
 from remotegpu_queue.queries import SQL
 from remotegpu_queue.rows import one
 from remotegpu_schemas.attempt import AttemptId, RunNo
 from remotegpu_schemas.task import TaskId
 
-_PROBLEMS_MAX = 20
+_PROBLEMS_MAX: Final = 20
+_TABLES: Final = ("attempts", "runs", "outbox")
 
 
 @dataclass(frozen=True)
@@ -83,16 +86,28 @@ class Health:
 
 
 def check(path: Path) -> Health:
-    """Look at every page, index and reference; a running agent goes on meanwhile. Raises sqlite3.Error, OSError."""
+    """Look at every page, index and reference; a running agent goes on meanwhile. Raises sqlite3.Error, OSError.
+
+    What is found makes the next start of the agent look as closely.
+    """
+    problems: list[str] = []
+    rows: dict[str, int] = {}
     with _reading(path) as db:
         version: int = db.execute("PRAGMA user_version").fetchone()[0]
-        problems = [str(row[0]) for row in db.execute(f"PRAGMA integrity_check({_PROBLEMS_MAX})") if row[0] != "ok"]
-        for row in db.execute("PRAGMA foreign_key_check").fetchmany(_PROBLEMS_MAX):
-            problems.append(f"a row of {row[0]} belongs to none of {row[2]}")
-        rows = {}
-        for table in ("attempts", "runs", "outbox"):
-            with contextlib.suppress(sqlite3.Error):  # damaged: said above
-                rows[table] = int(db.execute(f"SELECT count(*) FROM {table}").fetchone()[0])  # noqa: S608 - constants
+        try:
+            found = db.execute(f"PRAGMA integrity_check({_PROBLEMS_MAX})").fetchall()
+            problems += [str(row[0]) for row in found if row[0] != "ok"]
+            orphans = db.execute("PRAGMA foreign_key_check").fetchmany(_PROBLEMS_MAX)
+            problems += [f"a row of {row[0]} belongs to none of {row[2]}" for row in orphans]
+            for table in _TABLES:
+                rows[table] = db.execute(f"SELECT count(*) FROM {table}").fetchone()[0]  # noqa: S608 - a constant
+        except sqlite3.Error as error:
+            if not damage.is_damage(error):
+                raise
+            problems.append(str(error))
+    if problems:
+        with contextlib.suppress(OSError):
+            damage.suspect_path(path).touch(mode=0o600)
     return Health(version, tuple(problems), rows)
 
 

@@ -187,14 +187,19 @@ async def test_f26_what_is_no_database_is_kept_and_the_agent_starts(host: AgentP
 async def test_f25_a_read_only_file_system(host: AgentProcess) -> None:
     """F25: refused in words that name the directory and the reason; once it can be written the agent works."""
     host.state_dir.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(host.state_dir)], check=True)
+    await _call("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(host.state_dir))
     try:
         message = await refusal(host)
         assert message.startswith(f"agent.state_dir: {host.state_dir} is on a read-only file system; ")
-        subprocess.run(["mount", "-o", "remount,rw", str(host.state_dir)], check=True)
+        await _call("mount", "-o", "remount,rw", str(host.state_dir))
         await works(host)
     finally:
-        subprocess.run(["umount", str(host.state_dir)], check=True)
+        await _call("umount", str(host.state_dir))
+
+
+async def _call(*argv: str) -> None:
+    process = await asyncio.create_subprocess_exec(*argv)
+    assert await process.wait() == 0, argv
 
 
 async def test_a_file_in_the_way_of_the_socket_is_not_removed(host: AgentProcess) -> None:

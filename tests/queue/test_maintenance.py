@@ -161,7 +161,10 @@ async def test_a_backup_never_replaces_a_file(tmp_path: Path) -> None:
 
 def test_there_is_nothing_to_back_up_or_check(tmp_path: Path) -> None:
     """A missing database is said to be missing, and none is made."""
-    for work in (lambda: maintenance.check(tmp_path / "a.db"), lambda: maintenance.back_up(tmp_path / "a.db", tmp_path / "b")):
+    for work in (
+        lambda: maintenance.check(tmp_path / "a.db"),
+        lambda: maintenance.back_up(tmp_path / "a.db", tmp_path / "b"),
+    ):
         with pytest.raises(FileNotFoundError, match=r"there is no database .*a\.db"):
             work()
     assert list(tmp_path.iterdir()) == []
@@ -176,14 +179,17 @@ async def test_a_check_finds_what_is_wrong_and_says_what_there_is(tmp_path: Path
     await opened.close()
     with closing(sqlite3.connect(tmp_path / "queue.db")) as db:
         db.execute("PRAGMA writable_schema = ON")
-        db.execute("UPDATE sqlite_schema SET sql = replace(sql, '(task_id, seq)', '(state, seq)') WHERE name = 'attempts_of_task'")
+        db.execute(
+            "UPDATE sqlite_schema SET sql = replace(sql, '(task_id, seq)', '(state, seq)') "
+            "WHERE name = 'attempts_of_task'"
+        )
         db.commit()
     health = maintenance.check(tmp_path / "queue.db")
     assert any("attempts_of_task" in problem for problem in health.problems)
 
 
 async def test_the_log_stays_short_while_somebody_reads_all_the_time(tmp_path: Path) -> None:
-    """Readers come and go without a pause, and what is written is many times the bound: the log does not grow with it."""
+    """Readers come and go without a pause, and what is written is many times the bound: the log stays."""
     opened = await Store.open(tmp_path)
     log = tmp_path / "queue.db-wal"
     is_over = asyncio.Event()
