@@ -74,8 +74,10 @@ def drop_log(path: Path) -> None:
     Path(f"{path}-wal").unlink()
 
 
-HARMS = [pytest.param(checkpointed(harm), id=harm.__name__) for harm in (overwrite, truncate, empty, zero_header)]
-HARMS += [pytest.param(harm, id=harm.__name__) for harm in (remove, garble_log, drop_log)]
+HARMS = [
+    *(pytest.param(checkpointed(harm), id=harm.__name__) for harm in (overwrite, truncate, empty, zero_header)),
+    *(pytest.param(harm, id=harm.__name__) for harm in (remove, garble_log, drop_log)),
+]
 
 
 async def _started(all_of_it: Fleet, gate: Gate, trace: Path) -> tuple[list[str], list[str]]:

@@ -50,8 +50,10 @@ def replace(path: Path) -> None:
     path.write_bytes(b"certainly not a database " * 400)
 
 
-HARMS = [pytest.param(overwrite(seed), id=f"overwrite-{seed}") for seed in range(3)]
-HARMS += [pytest.param(harm, id=harm.__name__) for harm in (truncate, zero_header, replace)]
+HARMS = [
+    *(pytest.param(overwrite(seed), id=f"overwrite-{seed}") for seed in range(3)),
+    *(pytest.param(harm, id=harm.__name__) for harm in (truncate, zero_header, replace)),
+]
 
 
 async def filled(state_dir: Path) -> None:

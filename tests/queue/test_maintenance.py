@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from remotegpu_queue import maintenance, outbox, units
+from remotegpu_queue.queries import SQL
 from remotegpu_queue.store import Store
 from remotegpu_schemas.attempt import AttemptId, RunNo
 from remotegpu_schemas.states import Cause
@@ -117,7 +118,7 @@ def test_age_is_looked_up_by_index(db: sqlite3.Connection) -> None:
     """A hundred thousand finished tasks are not walked through to find the oldest."""
     for name in ("finished_before", "finished_newest_first"):
         plan = db.execute(
-            f"EXPLAIN QUERY PLAN {maintenance.SQL[name]}", {"before_ms": 1, "limit": 1, "ended_at_ms": 1, "seq": 1}
+            f"EXPLAIN QUERY PLAN {SQL[name]}", {"before_ms": 1, "limit": 1, "ended_at_ms": 1, "seq": 1}
         ).fetchall()
         assert "USING INDEX attempts_ended" in plan[0]["detail"] or "attempts_ended" in plan[0]["detail"], name
         assert not any("TEMP B-TREE" in row["detail"] for row in plan), name
