@@ -66,7 +66,7 @@ from remotegpu_schemas.task import OnUnreachable
 from remotegpu_schemas.wire import HeartbeatAnswer, RegisterRequest
 from remotegpu_sidecar import identity
 from remotegpu_sidecar.adoption import directory_name
-from remotegpu_sidecar.launcher import Launcher, LaunchError
+from remotegpu_sidecar.launcher import Adopted, Launcher, LaunchError
 from remotegpu_sidecar.placement import Placement, choose
 
 log = structlog.get_logger(__name__)
@@ -442,13 +442,15 @@ class Agent:
             default_ttl_s=self._config.lease.ttl,
         )
         restored = await restoration.restore(found)
-        self._retention.strays = restored.strays
-        await self._tell_of_rebuild(restored)
         recovered = await recover(self._store, self._executor, found)
         log.info("took stock", adopted=recovered.adopted, finished=recovered.finished)
+        self._loops.spawn("restoration", lambda: self._restore_later(restoration, restored, found))
 
-    async def _tell_of_rebuild(self, restored: Restored) -> None:
-        """What cannot be known is stated: here and in the audit log; in `status` while the damaged one lies there."""
+    async def _restore_later(self, restoration: Restoration, restored: Restored, found: Sequence[Adopted]) -> None:
+        """What is over does not hold up the start. What cannot be known is stated."""
+        restored = await restoration.restore_later(restored)
+        self._retention.strays = await restoration.strays(found)
+        self._on_report()
         aside = self._store.set_aside
         if aside is None:
             return

@@ -7,6 +7,7 @@ been asked for meanwhile, nobody knows any more.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
 from collections import defaultdict
@@ -24,6 +25,7 @@ from remotegpu_queue import restoring, units, views
 from remotegpu_queue.restoring import LostRun, WrittenBack
 from remotegpu_queue.store import LostRace, Store
 from remotegpu_queue.transitions import AfterRun, Missing, Outcome, final_event, outcome_of, outcome_of_missing
+from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId, Lease, Memo, RunRecord, RunSpec
 from remotegpu_schemas.states import CAUSE_RULES, Cause
 from remotegpu_schemas.task import Task
@@ -37,14 +39,27 @@ _NAMES: Final = {"REMOTEGPU_AGENT_ID": "agent_id", "REMOTEGPU_MACHINE_ID": "mach
 
 
 @dataclass(frozen=True)
+class Lost:
+    """An attempt that the database does not know as its directories do, with these in the order of their runs."""
+
+    attempt_id: AttemptId
+    memo: Memo
+    runs: list[Adopted]
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing of it lives."""
+        return _is_dead(self.runs[-1])
+
+
+@dataclass(frozen=True)
 class Restored:
-    """How many attempts were written back: alive, over, and those that could not be."""
+    """How many attempts were written back: alive, over, and those that could not be. `later` has been left for then."""
 
     alive: int = 0
     over: int = 0
     left: int = 0
-    strays: tuple[Path, ...] = ()
-    """Directories in which nothing lives and that no row knows; retention removes them by age."""
+    later: tuple[Lost, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,37 +77,57 @@ class Restoration:
     default_ttl_s: float
 
     async def restore(self, found: Sequence[Adopted]) -> Restored:
-        """Write back every attempt of which a directory is unknown. Safe to repeat after a crash."""
+        """Write back what lives, and what the database waits for. Safe to repeat after a crash.
+
+        What is over and not known at all may be a week's work: it is for `restore_later`, beside everything else.
+        """
         groups: dict[AttemptId, list[Adopted]] = defaultdict(list)
         for each in sorted(found, key=lambda each: each.run_no or 0):
             if each.attempt_id is not None and each.run_no is not None and each.record is not None:
                 groups[each.attempt_id].append(each)
         keys = [(attempt_id, each.run_no or 0) for attempt_id, group in groups.items() for each in group]
-        known = await self.store.read(lambda db: views.known_runs(db, keys))
-        lost = {attempt_id for attempt_id, run_no in keys if (attempt_id, run_no) not in known}
-        memos = {attempt_id: self._memo(groups[attempt_id][-1]) for attempt_id in lost}
-        alive = over = left = 0
-        # A task's attempts in their order: the last one is the task's.
-        for attempt_id, memo in sorted(memos.items(), key=lambda item: item[1].submitted_at_ms if item[1] else 0):
-            group = groups[attempt_id]
-            if memo is None:
-                left += 1
-                continue
-            is_over = group[-1].run is None and not group[-1].left_pids
-            if await self._write_back(attempt_id, memo, group, is_over=is_over):
-                over, alive = over + is_over, alive + (not is_over)
-            else:
-                left += 1
-        known = await self.store.read(lambda db: views.known_runs(db, _keys_of(found)))
-        strays = [each.directory for each in found if _is_dead(each) and not known.intersection(_keys_of([each]))]
-        return Restored(alive, over, left, tuple(strays))
+        runs = await self.store.read(lambda db: views.known_runs(db, keys))
+        unknown = {attempt_id for attempt_id, run_no in keys if (attempt_id, run_no) not in runs}
+        attempts = await self.store.read(lambda db: {each for each in unknown if views.attempt(db, each) is not None})
+        lost = [
+            Lost(each, memo, groups[each]) for each in unknown if (memo := self._memo(groups[each][-1])) is not None
+        ]
+        now = [each for each in lost if not each.is_over or each.attempt_id in attempts]
+        later = tuple(each for each in lost if each.is_over and each.attempt_id not in attempts)
+        alive, over = await self._write_all(now)
+        return Restored(alive, over, len(unknown) - len(later) - alive - over, later)
 
-    async def _write_back(self, attempt_id: AttemptId, memo: Memo, group: list[Adopted], *, is_over: bool) -> bool:
+    async def restore_later(self, restored: Restored) -> Restored:
+        """Write back the rest. Safe to repeat after a crash."""
+        _, over = await self._write_all(restored.later)
+        left = restored.left + len(restored.later) - over
+        return Restored(restored.alive, restored.over + over, left)
+
+    async def strays(self, found: Sequence[Adopted]) -> list[Path]:
+        """Directories in which nothing lives and that no row knows; retention removes them by age."""
+        known = await self.store.read(lambda db: views.known_runs(db, _keys_of(found)))
+        return [each.directory for each in found if _is_dead(each) and not known.intersection(_keys_of([each]))]
+
+    async def _write_all(self, lost: Sequence[Lost]) -> tuple[int, int]:
+        """How many that live, and how many that are over, have been written back."""
+        # A task's attempts in their order: the last one is the task's.
+        ordered = sorted(lost, key=lambda each: each.memo.submitted_at_ms)
+        alive = over = 0
+        for start in range(0, len(ordered), limits.STORE_BATCH_MAX_UNITS):
+            batch = ordered[start : start + limits.STORE_BATCH_MAX_UNITS]
+            written = await asyncio.gather(*(self._write_back(each) for each in batch))
+            over += sum(each.is_over for each, is_written in zip(batch, written, strict=True) if is_written)
+            alive += sum(not each.is_over for each, is_written in zip(batch, written, strict=True) if is_written)
+        return alive, over
+
+    async def _write_back(self, lost: Lost) -> bool:
+        attempt_id, memo = lost.attempt_id, lost.memo
+
         def unit(db: sqlite3.Connection) -> WrittenBack:
-            runs = [run for each in group if (run := self._lost_run(attempt_id, memo, each)) is not None]
+            runs = [run for each in lost.runs if (run := self._lost_run(attempt_id, memo, each)) is not None]
             written = restoring.write_back(db, attempt_id, memo, runs, self.boot_id, self.now_ms)
-            if written is WrittenBack.NEW and is_over:
-                self._conclude(db, attempt_id, runs[-1], group[-1].record)
+            if written is WrittenBack.NEW and lost.is_over:
+                self._conclude(db, attempt_id, runs[-1], lost.runs[-1].record)
             return written
 
         try:
@@ -100,9 +135,8 @@ class Restoration:
         except (sqlite3.IntegrityError, LostRace) as error:
             log.error("an attempt cannot be written back", attempt_id=attempt_id, error=str(error))
             return False
-        log.warning(
-            "an attempt was written back", attempt_id=attempt_id, task_id=memo.task.id, was=written.name.lower()
-        )
+        was = written.name.lower()
+        log.warning("an attempt was written back", attempt_id=attempt_id, task_id=memo.task.id, was=was)
         return written is not WrittenBack.LEFT
 
     def _conclude(self, db: sqlite3.Connection, attempt_id: AttemptId, run: LostRun, found: RunRecord | None) -> None:

@@ -54,12 +54,14 @@ def memo_of(task_id: str, origin: str = "local", **more: Any) -> dict[str, Any]:
     return {"task": task, "origin": origin, "submitted_at_ms": 500, "started_at_ms": 600, **more}
 
 
-async def taken_in(parts: Host, *, is_rebuild: bool) -> tuple[Restored, Recovered]:
+async def taken_in(parts: Host, *, is_rebuild: bool) -> tuple[Restored, Recovered, list[str]]:
     """What a start does."""
     found = await parts.launcher.adopt()
     restoration = Restoration(parts.store, parts.reports, BOOT, 10_000, is_rebuild=is_rebuild, default_ttl_s=300.0)
     restored = await restoration.restore(found)
-    return restored, await recover(parts.store, parts.executor, found)
+    recovered = await recover(parts.store, parts.executor, found)
+    restored = await restoration.restore_later(restored)
+    return restored, recovered, sorted(path.name for path in await restoration.strays(found))
 
 
 async def reports(parts: Host) -> list[str]:
@@ -71,7 +73,7 @@ async def test_f38_runs_of_an_earlier_release_are_adopted_by_a_new_database(part
     """F38: their records have no memo; with a deadline it was a claimed task, which keeps its lease."""
     await run(parts, spec_of("local", "sleep", "60"))
     await run(parts, spec_of("claimed", "sleep", "60", lease_grace_s=5.0), deadline_ns=DEADLINE_NS)
-    restored, recovered = await taken_in(parts, is_rebuild=True)
+    restored, recovered, _ = await taken_in(parts, is_rebuild=True)
     assert (restored.alive, recovered) == (2, Recovered(2, 0))
     local, claimed = await parts.attempt(attempt_id("local")), await parts.attempt(attempt_id("claimed"))
     assert (local.origin, local.lease, local.task.command, local.task.args) == ("local", None, "sleep", ("60",))
@@ -87,9 +89,9 @@ async def test_f38_runs_of_an_earlier_release_are_adopted_by_a_new_database(part
 async def test_without_a_rebuild_what_has_no_memo_is_left_alone(parts: Host) -> None:
     """A database that is whole and does not know it: nobody but an operator may end what nobody knows."""
     await run(parts, spec_of("stranger", "sleep", "60"))
-    restored, recovered = await taken_in(parts, is_rebuild=False)
+    restored, recovered, strays = await taken_in(parts, is_rebuild=False)
     assert (restored.left, recovered) == (1, Recovered(0, 0))
-    assert restored.strays == ()
+    assert strays == []
     [found] = await parts.launcher.adopt()
     assert found.run is not None
     found.run.kill()
@@ -100,7 +102,7 @@ async def test_without_a_rebuild_what_has_no_memo_is_left_alone(parts: Host) -> 
 async def test_an_unreadable_memo_does_not_keep_a_run_from_adoption(parts: Host) -> None:
     """Its spec tells enough."""
     await run(parts, spec_of("t", "sleep", "60", memo={"task": {"id": "t"}, "origin": "the moon"}))
-    restored, recovered = await taken_in(parts, is_rebuild=True)
+    restored, recovered, _ = await taken_in(parts, is_rebuild=True)
     assert (restored.alive, recovered) == (1, Recovered(1, 0))
 
 
@@ -108,7 +110,7 @@ async def test_what_is_over_is_stored_and_reported_and_never_run_again(parts: Ho
     """Its policy would allow retries; whether somebody had asked for its end meanwhile nobody knows any more."""
     await run(parts, spec_of("claimed", "false", memo=memo_of("claimed", "control_plane")), is_over=True)
     await run(parts, spec_of("local", "false", memo=memo_of("local")), is_over=True)
-    restored, recovered = await taken_in(parts, is_rebuild=False)
+    restored, recovered, _ = await taken_in(parts, is_rebuild=False)
     assert (restored, recovered) == (Restored(0, 2, 0), Recovered(0, 0))
     for name in ("claimed", "local"):
         after = await parts.attempt(attempt_id(name))
@@ -116,7 +118,7 @@ async def test_what_is_over_is_stored_and_reported_and_never_run_again(parts: Ho
         assert (after.submitted_at_ms, after.started_at_ms) == (500, 600)
     assert await reports(parts) == ["start", "complete"]
     assert (await parts.store.read(lambda db: views.find_task(db, "claimed")))[1][0].usage is not None
-    again, _ = await taken_in(parts, is_rebuild=False)
+    again, _, _ = await taken_in(parts, is_rebuild=False)
     assert again == Restored()
 
 
@@ -126,8 +128,8 @@ async def test_a_directory_without_a_row_and_without_life_is_a_stray(parts: Host
     attempts = parts.directory / "attempts"
     (attempts / "empty.1").mkdir()
     (attempts / "not a run").mkdir()
-    restored, _ = await taken_in(parts, is_rebuild=False)
-    assert {path.name for path in restored.strays} == {f"{attempt_id('t')}.1", "empty.1"}
+    _, _, strays = await taken_in(parts, is_rebuild=False)
+    assert strays == ["empty.1", f"{attempt_id('t')}.1"]
 
 
 async def test_names_are_found_in_the_newest_record_that_can_be_read(parts: Host) -> None:

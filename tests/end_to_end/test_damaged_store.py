@@ -141,6 +141,7 @@ async def test_f26_what_ended_meanwhile_is_reported_and_what_is_lost_is_stated(t
         await host.start()
         [task] = await all_of_it.ended([ended])
         assert (task["status"], task["result"]["exit_code"]) == ("failed", 4)
+        await _until_rebuilt(host)
         known = await host.get("/tasks/done")
         assert (known["state"], known["exit_code"], len(known["runs"])) == ("failed", 3, 2)
         assert trace.read_text() == "x\nx\n"

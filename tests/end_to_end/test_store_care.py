@@ -89,7 +89,7 @@ def _has_open(pid: int, path: Path) -> bool:
 
 def _is_empty(path: Path, table: str) -> bool:
     with closing(sqlite3.connect(path)) as db:
-        return db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] == 0
+        return bool(db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] == 0)
 
 
 async def test_a_backup_of_a_running_agent_can_be_put_back(tmp_path: Path) -> None:

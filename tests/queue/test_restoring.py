@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from remotegpu_queue import units, views
 from remotegpu_queue.restoring import LostRun, WrittenBack, memo_of, write_back
 from remotegpu_queue.rows import Attempt, Origin
+from remotegpu_queue.store import LostRace
 from remotegpu_queue.transitions import Outcome
 from remotegpu_schemas.attempt import AttemptId, Memo, RunNo, RunStarted
 from remotegpu_schemas.states import Cause, RunState, TaskState
@@ -20,7 +22,7 @@ ONE = AttemptId("t.1")
 
 
 def memo(
-    db: sqlite3.Connection, origin: Origin = "local", attempt_id: str = "t.1", **task: object
+    db: sqlite3.Connection, origin: Origin = "local", attempt_id: str = "t.1", **task: Any
 ) -> tuple[Memo, Attempt]:
     """What is remembered of an attempt of `t` at its first run, and the attempt as it was; then everything is lost."""
     if origin == "local":
@@ -110,7 +112,7 @@ def test_a_row_that_is_behind_is_brought_up(db: sqlite3.Connection) -> None:
     support.claim(db, "t", "t.1")
     assert back(db, kept, lost()) is WrittenBack.ADVANCED
     assert views.waiting(db, 10) == []
-    with pytest.raises(units.LostRace):
+    with pytest.raises(LostRace):
         support.begin(db, "t.1")
 
 
