@@ -449,7 +449,9 @@ class Agent:
     async def _restore_later(self, restoration: Restoration, restored: Restored, found: Sequence[Adopted]) -> None:
         """What is over does not hold up the start. What cannot be known is stated."""
         restored = await restoration.restore_later(restored)
-        self._retention.strays = await restoration.strays(found)
+        strays = await restoration.strays(found)
+        self._retention.strays, self._retention.spared_tasks = strays.directories, strays.living
+        self._loops.run_forever("retention", self._retention.run)
         self._on_report()
         aside = self._store.set_aside
         if aside is None:
@@ -472,7 +474,6 @@ class Agent:
     def _start_loops(self) -> None:
         self._loops.run_forever("host-watch", self._host_watch.run)
         self._loops.run_forever("dispatch", self._dispatcher.run)
-        self._loops.run_forever("retention", self._retention.run)
         if self._presence and self._claimer and self._reporter:
             self._loops.run_forever("presence", self._presence.run)
             self._loops.run_forever("claims", self._claimer.run)

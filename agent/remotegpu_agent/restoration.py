@@ -28,7 +28,7 @@ from remotegpu_queue.transitions import AfterRun, Missing, Outcome, final_event,
 from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId, Lease, Memo, RunRecord, RunSpec
 from remotegpu_schemas.states import CAUSE_RULES, Cause
-from remotegpu_schemas.task import Task
+from remotegpu_schemas.task import Task, TaskId
 from remotegpu_sidecar import record
 from remotegpu_sidecar.launcher import Adopted, AdoptedState
 
@@ -60,6 +60,17 @@ class Restored:
     over: int = 0
     left: int = 0
     later: tuple[Lost, ...] = ()
+
+
+@dataclass(frozen=True)
+class Strays:
+    """Run directories that no row knows and in which nothing lives; and the tasks of those that may live.
+
+    `living` is None where a record cannot be read, so that it may be any task's.
+    """
+
+    directories: list[Path]
+    living: frozenset[TaskId] | None
 
 
 @dataclass(frozen=True)
@@ -103,10 +114,14 @@ class Restoration:
         left = restored.left + len(restored.later) - over
         return Restored(restored.alive, restored.over + over, left)
 
-    async def strays(self, found: Sequence[Adopted]) -> list[Path]:
-        """Directories in which nothing lives and that no row knows; retention removes them by age."""
+    async def strays(self, found: Sequence[Adopted]) -> Strays:
+        """What no row knows after all of that."""
         known = await self.store.read(lambda db: views.known_runs(db, _keys_of(found)))
-        return [each.directory for each in found if _is_dead(each) and not known.intersection(_keys_of([each]))]
+        unknown = [each for each in found if not known.intersection(_keys_of([each]))]
+        living = [each for each in unknown if not _is_dead(each)]
+        tasks = {each.record.spec.task_id for each in living if each.record is not None}
+        is_complete = all(each.record is not None for each in living)
+        return Strays([each.directory for each in unknown if _is_dead(each)], frozenset(tasks) if is_complete else None)
 
     async def _write_all(self, lost: Sequence[Lost]) -> tuple[int, int]:
         """How many that live, and how many that are over, have been written back."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -72,6 +72,8 @@ class Retention:
         self._wall_s = wall_s
         self._is_live = is_live
         self.strays: Sequence[Path] = ()
+        self.spared_tasks: Collection[str] | None = None
+        """Tasks of which something may live though no row knows them; None: that may be any."""
 
     async def run(self) -> None:
         """A round, then a pause, for ever."""
@@ -170,7 +172,12 @@ class Retention:
         def unit(db: sqlite3.Connection, names: list[str]) -> int:
             return sum(self._work.throw(name) for name in maintenance.unknown_tasks(db, names))
 
-        old = await asyncio.to_thread(_old_directories, self._work_dir, before_s)
+        if self.spared_tasks is None:
+            return 0
+        spared = set(self.spared_tasks)
+        old = [
+            name for name in await asyncio.to_thread(_old_directories, self._work_dir, before_s) if name not in spared
+        ]
         dropped = 0
         for start in range(0, len(old), limits.RETENTION_BATCH_TASKS):
             names = old[start : start + limits.RETENTION_BATCH_TASKS]

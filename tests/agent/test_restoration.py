@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from remotegpu_agent.recovery import Recovered, recover
-from remotegpu_agent.restoration import Restoration, Restored, names_on_record
+from remotegpu_agent.restoration import Restoration, Restored, Strays, names_on_record
 from remotegpu_queue import views
 from remotegpu_schemas.attempt import AttemptId, RunSpec
 from remotegpu_schemas.states import Cause, TaskState
+from remotegpu_schemas.task import TaskId
 from tests.agent.support import BOOT, Host, host
 from tests.sidecar.support import make_spec
 
@@ -54,14 +55,14 @@ def memo_of(task_id: str, origin: str = "local", **more: Any) -> dict[str, Any]:
     return {"task": task, "origin": origin, "submitted_at_ms": 500, "started_at_ms": 600, **more}
 
 
-async def taken_in(parts: Host, *, is_rebuild: bool) -> tuple[Restored, Recovered, list[str]]:
+async def taken_in(parts: Host, *, is_rebuild: bool) -> tuple[Restored, Recovered, Strays]:
     """What a start does."""
     found = await parts.launcher.adopt()
     restoration = Restoration(parts.store, parts.reports, BOOT, 10_000, is_rebuild=is_rebuild, default_ttl_s=300.0)
     restored = await restoration.restore(found)
     recovered = await recover(parts.store, parts.executor, found)
     restored = await restoration.restore_later(restored)
-    return restored, recovered, sorted(path.name for path in await restoration.strays(found))
+    return restored, recovered, await restoration.strays(found)
 
 
 async def reports(parts: Host) -> list[str]:
@@ -91,7 +92,7 @@ async def test_without_a_rebuild_what_has_no_memo_is_left_alone(parts: Host) -> 
     await run(parts, spec_of("stranger", "sleep", "60"))
     restored, recovered, strays = await taken_in(parts, is_rebuild=False)
     assert (restored.left, recovered) == (1, Recovered(0, 0))
-    assert strays == []
+    assert strays == Strays([], frozenset({TaskId("stranger")}))
     [found] = await parts.launcher.adopt()
     assert found.run is not None
     found.run.kill()
@@ -129,7 +130,8 @@ async def test_a_directory_without_a_row_and_without_life_is_a_stray(parts: Host
     (attempts / "empty.1").mkdir()
     (attempts / "not a run").mkdir()
     _, _, strays = await taken_in(parts, is_rebuild=False)
-    assert strays == ["empty.1", f"{attempt_id('t')}.1"]
+    assert sorted(path.name for path in strays.directories) == ["empty.1", f"{attempt_id('t')}.1"]
+    assert strays.living is None
 
 
 async def test_names_are_found_in_the_newest_record_that_can_be_read(parts: Host) -> None:

@@ -154,6 +154,8 @@ async def test_strays_go_by_age(kept: Kept) -> None:
         path.mkdir()
     retention = kept.retention()
     retention.strays = [old_run, young_run]
+    (kept.state_dir / "work" / "alive").mkdir()
+    retention.spared_tasks = {"alive"}
     kept.now_s = young_run.stat().st_ctime + 1
     assert (await retention.round()).strays == 0
     kept.now_s += 8 * DAY_S
@@ -161,7 +163,15 @@ async def test_strays_go_by_age(kept: Kept) -> None:
     done = await retention.round()
     assert done.strays == 3
     assert not any(path.exists() for path in (old_run, young_run, old_work))
-    assert (kept.state_dir / "work" / "known").exists()
+    assert {path.name for path in (kept.state_dir / "work").glob("[!.]*")} == {"known", "alive"}
+
+
+async def test_while_something_unreadable_may_live_no_working_directory_is_a_stray(kept: Kept) -> None:
+    """It may be any task's."""
+    (kept.state_dir / "work" / "x").mkdir(parents=True)
+    kept.now_s = (kept.state_dir / "work" / "x").stat().st_ctime + 8 * DAY_S
+    assert (await kept.retention().round()).strays == 0
+    assert (kept.state_dir / "work" / "x").exists()
 
 
 async def test_audit_files_go_by_day(kept: Kept) -> None:
