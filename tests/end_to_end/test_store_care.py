@@ -9,6 +9,8 @@ import subprocess
 from contextlib import closing
 from pathlib import Path
 
+import aiohttp
+
 from tests.end_to_end.agent_process import agent
 from tests.end_to_end.fleet import fleet
 from tests.waiting import until_so
@@ -23,9 +25,12 @@ async def test_f26_a_locked_database_answers_within_seconds_and_nothing_is_taken
         with closing(sqlite3.connect(host.state_dir / "queue.db", isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             asked_at_s = asyncio.get_running_loop().time()
-            status, body = await host.call("POST", "/tasks", data='{"task": {"id": "t", "command": "true"}}')
+            async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(host.socket))) as session:
+                task = '{"task": {"id": "t", "command": "true"}}'
+                async with session.post("http://localhost/api/v1/tasks", data=task) as answer:
+                    body = await answer.json()
+                    assert (answer.status, body["code"], answer.headers["Retry-After"]) == (503, 30023, "5")
             took_s = asyncio.get_running_loop().time() - asked_at_s
-            assert (status, body["code"]) == (503, 30023)
             assert "the database is busy" in body["message"]
             assert PATIENCE_S <= took_s < PATIENCE_S + 5
             assert (await host.get("/queue/status"))["tasks"]["pending"] == 0
