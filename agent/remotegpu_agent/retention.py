@@ -102,18 +102,17 @@ class Retention:
     # --- finished tasks ---
 
     async def _forget_by_age(self) -> int:
-        before_ms = round((self._wall_s() - self._settings.max_age_s) * 1000)
-
-        def unit(db: sqlite3.Connection) -> tuple[int, bool]:
-            found = maintenance.finished_before(db, before_ms, limits.RETENTION_BATCH_TASKS)
-            return self._forget(db, found), len(found) == limits.RETENTION_BATCH_TASKS
-
-        forgotten, has_more = 0, True
-        while has_more:
-            count, has_more = await self._store.write(unit)
-            has_more = has_more and count > 0
-            forgotten += count
+        before_ms, size = round((self._wall_s() - self._settings.max_age_s) * 1000), limits.RETENTION_BATCH_TASKS
+        forgotten, found_all = 0, False
+        while not found_all:
+            # Looked for on the reader: those that may not go yet are passed over one by one.
+            found = await self._store.read(lambda db: maintenance.finished_before(db, before_ms, size))
+            count = await self._write_off(found)
+            forgotten, found_all = forgotten + count, len(found) < size or count == 0
         return forgotten
+
+    async def _write_off(self, tasks: Sequence[Finished]) -> int:
+        return await self._store.write(lambda db: self._forget(db, tasks)) if tasks else 0
 
     def _forget(self, db: sqlite3.Connection, tasks: Sequence[Finished]) -> int:
         forgotten = 0
@@ -137,19 +136,20 @@ class Retention:
         left_bytes, forgotten = self._settings.size_max_bytes, 0
         place: tuple[int, int] | None = None
         while True:
-            page, place = await self._store.read(
-                lambda db, place=place: maintenance.finished_newest_first(db, place, limits.RETENTION_BATCH_TASKS)  # type: ignore[misc]  # bound now
-            )
+            page, place = await self._page_below(place)
             excess = []
             for task in page:
                 if left_bytes > 0:
                     left_bytes -= await asyncio.to_thread(self._size, task)
                 if left_bytes <= 0 and task.ended_at_ms < spared_ms:
                     excess.append(task)
-            if excess:
-                forgotten += await self._store.write(lambda db, excess=excess: self._forget(db, excess))  # type: ignore[misc]  # bound now
+            forgotten += await self._write_off(excess)
             if place is None:
                 return forgotten
+
+    async def _page_below(self, place: tuple[int, int] | None) -> tuple[list[Finished], tuple[int, int] | None]:
+        size = limits.RETENTION_BATCH_TASKS
+        return await self._store.read(lambda db: maintenance.finished_newest_first(db, place, size))
 
     def _size(self, task: Finished) -> int:
         directories = [self._attempts_dir / directory_name(*key) for key in task.runs]
@@ -168,10 +168,6 @@ class Retention:
 
     async def _drop_unknown_work(self, before_s: float) -> int:
         """Working directories whose task is in no row: it was lost with a database, or forgotten without its work."""
-
-        def unit(db: sqlite3.Connection, names: list[str]) -> int:
-            return sum(self._work.throw(name) for name in maintenance.unknown_tasks(db, names))
-
         if self.spared_tasks is None:
             return 0
         spared = set(self.spared_tasks)
@@ -181,10 +177,16 @@ class Retention:
         dropped = 0
         for start in range(0, len(old), limits.RETENTION_BATCH_TASKS):
             names = old[start : start + limits.RETENTION_BATCH_TASKS]
-            unknown = await self._store.read(lambda db, names=names: maintenance.unknown_tasks(db, names))  # type: ignore[misc]  # bound now
-            if unknown:
-                dropped += await self._store.write(lambda db, unknown=unknown: unit(db, unknown))  # type: ignore[misc]  # bound now
+            dropped += await self._drop_if_unknown(names)
         return dropped
+
+    async def _drop_if_unknown(self, names: list[str]) -> int:
+        unknown = await self._store.read(lambda db: maintenance.unknown_tasks(db, names))
+
+        def unit(db: sqlite3.Connection) -> int:
+            return sum(self._work.throw(name) for name in maintenance.unknown_tasks(db, unknown))
+
+        return await self._store.write(unit) if unknown else 0
 
     async def _empty(self, trash: Trash) -> int:
         removed = 0
