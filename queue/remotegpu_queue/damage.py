@@ -22,6 +22,7 @@ _CODES: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _HEADER_BYTES: Final = 100
 _SCHEMA_FORMAT_MAX: Final = 4
 _REASON_MAX_CHARS: Final = 300
+_CHECKED_MAX_BYTES: Final = 32 * limits.MIB
 _COPY_MAX_BYTES: Final = 64 * limits.MIB
 _PARTS: Final = ("", "-wal", "-shm")
 """The file itself, its log, and the log's index (sqlite.org/walformat.html)."""
@@ -103,12 +104,14 @@ def examine(path: Path) -> None:
 
 
 def refuse_damage(db: sqlite3.Connection, *, is_thorough: bool) -> None:
-    """Look at every page, and with `is_thorough` at every index and CHECK too. Raises Damaged.
+    """Look at every page, and with `is_thorough` at every index too. Raises Damaged.
 
-    (A tenth of the time without the CHECKs: 0.1 s for 80,000 tasks, 75 MB.)
+    A large database's CHECKs are left out unless it is to be thorough: they take 1.1 of 1.2 s for 80,000 tasks, 75 MB.
     """
     try:
-        db.execute(f"PRAGMA ignore_check_constraints = {'OFF' if is_thorough else 'ON'}")
+        size: int = db.execute("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size").fetchone()[0]
+        has_checks = is_thorough or size <= _CHECKED_MAX_BYTES
+        db.execute(f"PRAGMA ignore_check_constraints = {'OFF' if has_checks else 'ON'}")
         found = db.execute("PRAGMA integrity_check(1)" if is_thorough else "PRAGMA quick_check(1)").fetchone()[0]
     except sqlite3.Error as error:
         if is_damage(error):
