@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import sqlite3
@@ -10,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from tests.end_to_end.agent_process import AgentProcess, agent
@@ -120,6 +122,55 @@ async def test_f26_every_running_task_is_adopted_and_reported(tmp_path: Path, ha
         for task_id in local:
             assert (await host.wait_for(task_id))["state"] == "completed"
             assert await host.output(task_id) == "precious\n"
+        assert {path.read_text() for path in trace.iterdir()} == {"x\n"}
+
+
+def scatter(state_dir: Path, chance: random.Random) -> None:
+    """Random bytes at random places of the database, its log and the log's index, each with some luck."""
+    for name in ("queue.db", "queue.db-wal", "queue.db-shm"):
+        path = state_dir / name
+        if not path.exists() or path.stat().st_size == 0 or chance.random() < 0.3:
+            continue
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            for _ in range(chance.choice([1, 3, 10, 40])):
+                file.seek(chance.randrange(size))
+                file.write(chance.randbytes(chance.choice([1, 16, 300, 4096])))
+            file.truncate(size)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_f26_random_damage(tmp_path: Path, seed: int) -> None:
+    """F26: after a clean stop or a kill, whatever is hit, seen at the start or later: each ran once, each arrives."""
+    chance, gate, trace = random.Random(seed), Gate(tmp_path / "gate"), tmp_path / "trace"
+    trace.mkdir()
+    async with fleet(tmp_path, {"capacity": {"max_concurrent": 8}}) as all_of_it:
+        host = all_of_it.host
+        claimed, local = await _started(all_of_it, gate, trace)
+        documents = [
+            f'{{"task": {{"id": "w-{n}", "command": "true", "resources": {{"gpus": 1}}}}}}' for n in range(100)
+        ]
+        await host.post("/tasks", "\n---\n".join(documents))
+        pids = {task_id: (await host.get(f"/tasks/{task_id}"))["process_id"] for task_id in (*claimed, *local)}
+        await (host.stop() if chance.random() < 0.4 else host.kill())
+        scatter(host.state_dir, chance)
+        await host.start(until_ready=False)
+
+        async def are_adopted() -> bool:
+            with contextlib.suppress(OSError, aiohttp.ClientError):  # it may start a second time
+                answers = [await host.call("GET", f"/tasks/{task_id}") for task_id in pids]
+                return all(status == 200 for status, _ in answers) and [
+                    body["data"]["process_id"] for _, body in answers
+                ] == list(pids.values())
+            return False
+
+        await until(are_adopted)
+        gate.open()
+        await host.post(f"/tasks/{local[1]}/resume")
+        for task in await all_of_it.ended(claimed):
+            assert (task["status"], task["result"]["stdout"]) == ("completed", "precious\n")
+        for task_id in local:
+            assert (await host.wait_for(task_id))["state"] == "completed"
         assert {path.read_text() for path in trace.iterdir()} == {"x\n"}
 
 
