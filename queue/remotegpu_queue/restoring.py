@@ -10,7 +10,7 @@ import enum
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from remotegpu_queue import units
 from remotegpu_queue.outbox import Body
@@ -19,7 +19,9 @@ from remotegpu_queue.rows import Attempt, change, one
 from remotegpu_queue.transitions import Outcome, next_run_state
 from remotegpu_queue.units import NewAttempt
 from remotegpu_schemas.attempt import AttemptId, Lease, Memo, RunEnded, RunNo, RunStarted
-from remotegpu_schemas.states import RunEvent, RunState, TaskState
+from remotegpu_schemas.states import EXIT_LOST, Cause, RunEvent, RunState, TaskState
+
+_END_LOST: Final = Outcome(Cause.AGENT_LOST, EXIT_LOST, None, "its end was lost with the database")
 
 
 def memo_of(attempt: Attempt, lease: Lease | None) -> dict[str, Any]:
@@ -100,8 +102,10 @@ def _write_run(
     key = {"attempt_id": attempt_id, "run_no": run.run_no}
     if one(db, "run_state", key) is None:
         values = {"retries_used": memo.retries_used, "free_retries_used": memo.free_retries_used}
-        change(db, "restore_attempt", {**key, **values, "started_at_ms": memo.started_at_ms})
-        db.execute(SQL["end_open_runs"], {**key, "now_ms": now_ms})
+        values |= {"started_at_ms": memo.started_at_ms}
+        before = TaskState(one(db, "attempt_state", key)["state"])
+        change(db, "restore_attempt", {**key, **values, "state": before, "new_state": TaskState.RUNNING})
+        _end_open_run(db, attempt_id, now_ms)
         db.execute(SQL["add_run"], {**key, "now_ms": memo.started_at_ms})
         if run.started is not None:
             started_ms = run.started.started_wall_ns // 1_000_000
@@ -110,11 +114,19 @@ def _write_run(
                 units.suspend_run(db, attempt_id, run.run_no)
     state = RunState(one(db, "run_state", key)["state"])
     if run.outcome is not None and not is_last and state is not RunState.ENDED:
-        _end_run(db, attempt_id, run, run.outcome, state, now_ms)
+        ended_at_ms = run.ended.ended_wall_ns // 1_000_000 if run.ended is not None else now_ms
+        _end_run(db, attempt_id, run.run_no, state, run.outcome, ended_at_ms)
+
+
+def _end_open_run(db: sqlite3.Connection, attempt_id: AttemptId, now_ms: int) -> None:
+    """The run of which the database never saw the end, though a later one tells that there was one."""
+    row = one(db, "open_run", {"attempt_id": attempt_id})
+    if row is not None:
+        _end_run(db, attempt_id, RunNo(row["run_no"]), RunState(row["state"]), _END_LOST, now_ms)
 
 
 def _end_run(
-    db: sqlite3.Connection, attempt_id: AttemptId, run: LostRun, outcome: Outcome, state: RunState, now_ms: int
+    db: sqlite3.Connection, attempt_id: AttemptId, run_no: RunNo, state: RunState, outcome: Outcome, ended_at_ms: int
 ) -> None:
     """The end of a run that another one has followed: nothing else hangs on it any more."""
     change(
@@ -122,14 +134,14 @@ def _end_run(
         "run_ended",
         {
             "attempt_id": attempt_id,
-            "run_no": run.run_no,
+            "run_no": run_no,
             "state": state,
             "new_state": next_run_state(state, RunEvent.END),
             "cause": outcome.cause,
             "exit_code": outcome.exit_code,
             "signal": outcome.signal,
             "error": outcome.error,
-            "ended_at_ms": run.ended.ended_wall_ns // 1_000_000 if run.ended is not None else now_ms,
+            "ended_at_ms": ended_at_ms,
             "usage": None,
         },
     )

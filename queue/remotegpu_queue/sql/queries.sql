@@ -251,17 +251,13 @@ WHERE task_id = :task_id AND attempt_id <> :attempt_id AND state IN ('running', 
 
 -- name: restore_attempt
 UPDATE attempts
-SET state = 'running', run_no = :run_no, started_at_ms = coalesce(started_at_ms, :started_at_ms),
+SET state = :new_state, run_no = :run_no, started_at_ms = coalesce(started_at_ms, :started_at_ms),
     retries_used = max(retries_used, :retries_used), free_retries_used = max(free_retries_used, :free_retries_used),
     ready_boottime_ns = 0
-WHERE attempt_id = :attempt_id AND state NOT IN ('completed', 'failed', 'cancelled') AND run_no < :run_no;
+WHERE attempt_id = :attempt_id AND state = :state AND run_no < :run_no;
 
--- name: end_open_runs
--- Of which the database never saw the end, though a later run tells that there was one.
-UPDATE runs
-SET state = 'ended', cause = 'agent_lost', exit_code = 125, error = 'its end was lost with the database',
-    ended_at_ms = :now_ms
-WHERE attempt_id = :attempt_id AND run_no < :run_no AND state <> 'ended';
+-- name: open_run
+SELECT run_no, state FROM runs WHERE attempt_id = :attempt_id AND state <> 'ended';
 
 -- name: finished_before
 SELECT t.task_id, t.ended_at_ms FROM attempts t
