@@ -49,6 +49,7 @@ from remotegpu_schemas.api import (
 )
 from remotegpu_schemas.attempt import AttemptId, RunNo
 from remotegpu_schemas.errors import Code, Refused
+from remotegpu_schemas.limits import STORE_PATIENCE_S
 from remotegpu_schemas.states import Cause, RunState, TaskState
 from remotegpu_schemas.task import Task
 from remotegpu_schemas.wire import format_time
@@ -129,7 +130,7 @@ class AgentOperations:
             for task in tasks
         ]
         now_ms = self.clock.wall_ms()
-        await self.store.write(lambda db: units.submit(db, attempts, now_ms))
+        await self.store.write(lambda db: units.submit(db, attempts, now_ms), patience_s=STORE_PATIENCE_S)
         self.dispatcher.changed()
         return [task.id for task in tasks]
 

@@ -54,6 +54,16 @@ class AuditLog:
         """Append a line without holding up the event loop; never raises for a failed write."""
         await asyncio.to_thread(self.append, entry)
 
+    def drop_before(self, before_s: float) -> int:
+        """Remove the files of days that were over before this time (seconds since the epoch); how many. Blocking."""
+        first_kept = f"{datetime.datetime.fromtimestamp(before_s, datetime.UTC):%Y-%m-%d}.jsonl"
+        dropped = 0
+        for path in self._directory.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9].jsonl"):
+            if path.name < first_kept:
+                path.unlink(missing_ok=True)
+                dropped += 1
+        return dropped
+
     def append(self, entry: AuditEntry) -> None:
         """As `record`, blocking; safe to call from several threads."""
         moment = datetime.datetime.fromtimestamp(self._now(), datetime.UTC)

@@ -23,6 +23,7 @@ from remotegpu_queue import units, views
 from remotegpu_queue.rows import Attempt
 from remotegpu_queue.store import LostRace, Store, StoreUnavailable
 from remotegpu_queue.transitions import AfterRun, IllegalTransition, Outcome, after_run
+from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId, RunNo, RunRecord, RunStarted
 from remotegpu_schemas.states import CAUSE_RULES, Cause, Retry, TaskState, wire_exit_code
 
@@ -88,7 +89,7 @@ class Books:
         waiting = views.attempt(db, attempt_id)
         if waiting is None or not waiting.state.is_waiting:
             raise LostRace(f"attempt {attempt_id} no longer waits")
-        reason = refusal(waiting.task)
+        reason = waiting.unreadable or refusal(waiting.task)
         if self.lease_is_over(waiting):
             found = Begun(waiting, (Cause.LEASE_LOST, "the lease ended before the task could be started"))
         elif reason is not None:
@@ -248,7 +249,7 @@ class Books:
         Raises LostRace, IllegalTransition, StoreUnavailable.
         """
         unit = units.suspend_run if is_suspended else units.resume_run
-        await self._store.write(lambda db: unit(db, attempt_id, run_no))
+        await self._store.write(lambda db: unit(db, attempt_id, run_no), patience_s=limits.STORE_PATIENCE_S)
 
     # --- progress ---
 

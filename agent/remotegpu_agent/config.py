@@ -152,6 +152,19 @@ class OutputSection(Form):
         return 2 * (self.retain + 1)
 
 
+class RetentionSection(Form):
+    """`retention:`; how long what has ended is kept (seconds), and how much of it; `max_size_gb` 0 is no bound."""
+
+    max_age: Span = 7 * 86400.0
+    max_size_gb: Annotated[float, Field(ge=0, le=1024 * 1024, allow_inf_nan=False)] = 10.0
+
+
+class AuditSection(Form):
+    """`audit:`; how long a day's file is kept, in seconds."""
+
+    retention: Span = 90 * 86400.0
+
+
 class LegacyCallerSection(Form):
     """An entry of `api.legacy_callers`."""
 
@@ -193,8 +206,10 @@ class Config(Form):
     breaker: BreakerSection = BreakerSection()
     tasks: TasksSection = TasksSection()
     output: OutputSection = OutputSection()
+    retention: RetentionSection = RetentionSection()
     api: ApiSection = ApiSection()
     results: ResultsSection = ResultsSection()
+    audit: AuditSection = AuditSection()
     log: LogSection = LogSection()
 
 

@@ -6,6 +6,7 @@ Each problem is a sentence that begins with the key and says what to do. Changes
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pwd
 import re
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 CREDENTIAL_NAME: Final = "control-plane-token"
 """The systemd credential that stands in for `control_plane.token_file` (systemd.exec(5), LoadCredential=)."""
 _CA_MEND: Final = "name the PEM file of who signed the control plane's certificate"
+NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 TOKEN_MAX_BYTES: Final = 8192
 """Servers refuse header lines above 8 KiB."""
 
@@ -174,6 +176,8 @@ def _directory_problem(key: str, path: Path, mend: str) -> str | None:
         return f"{key}: {_cannot('use', path, error)}; {mend}"
     if not stat.S_ISDIR(mode):
         return f"{key}: {nearest} is not a directory; {mend}"
+    if os.statvfs(nearest).f_flag & os.ST_RDONLY:
+        return f"{key}: {nearest} is on a read-only file system; {mend}"
     if not os.access(nearest, os.W_OK | os.X_OK):
         is_there = nearest == path
         what = f"{path} cannot be written to" if is_there else f"{path} cannot be made: no right to write to {nearest}"
@@ -182,6 +186,8 @@ def _directory_problem(key: str, path: Path, mend: str) -> str | None:
         # Only trying tells of file systems that take no files, as /proc. The file has no name, or loses it at once.
         tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
+        if error.errno in NO_ROOM:
+            return None  # the disk is full: the tasks that run there need their agent all the more
         return f"{key}: {_cannot('write to', nearest, error)}; {mend}"
     return None
 

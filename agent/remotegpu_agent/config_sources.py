@@ -37,13 +37,11 @@ _LATER: Final[Mapping[str, Any]] = {
         "on_reboot": "fail",
         "policy": {"allowed_commands": [], "blocked_patterns": [], "allowed_workdirs": []},
     },
-    "retention": {"max_age": "7d", "max_size_gb": 10},
     "spool": {"enabled": True, "dir": None, "run_as_owner": False},
     "services_dir": "/etc/remotegpu-agent/services.d",
     "api": {"tls_cert_file": None, "tls_key_file": None},
     "results": {"s3": None},
     "webhooks": [],
-    "audit": {"retention": "90d"},
     "host_operations": {},
 }
 """Keys of interface.md that this version does not act on, each with its documented default, the one value it takes."""

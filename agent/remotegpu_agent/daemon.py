@@ -17,6 +17,7 @@ import urllib.parse
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import structlog
 
@@ -25,13 +26,14 @@ from remotegpu_agent.agent_operations import AgentOperations
 from remotegpu_agent.announcer import Announcer
 from remotegpu_agent.api import ApiServer, ApiSettings, Endpoints, LegacyCall, LegacyCaller
 from remotegpu_agent.api.endpoints_file import write_endpoints
-from remotegpu_agent.audit import AuditLog
+from remotegpu_agent.audit import AuditEntry, AuditLog
 from remotegpu_agent.bookkeeping import Books
 from remotegpu_agent.canary import BreakerKeeper
 from remotegpu_agent.capacity import capacity_of
 from remotegpu_agent.claims import Claimer, ClaimSettings
 from remotegpu_agent.clock import Clock, SystemClock
 from remotegpu_agent.config import Config, token_path
+from remotegpu_agent.config_check import NO_ROOM
 from remotegpu_agent.control_plane import ControlPlane, TlsFiles
 from remotegpu_agent.dead_letters import DeadLetters
 from remotegpu_agent.directory_watch import DirectoryWatcher
@@ -46,14 +48,16 @@ from remotegpu_agent.progress import ProgressFollower
 from remotegpu_agent.recovery import recover
 from remotegpu_agent.reporter import Fate, Reporter
 from remotegpu_agent.reports import Reports
+from remotegpu_agent.restoration import Restoration, Restored, names_on_record
+from remotegpu_agent.retention import Retention, RetentionSettings
 from remotegpu_agent.runspec import RunSettings, find_user
 from remotegpu_agent.standing import Standing
 from remotegpu_agent.supervise import Loops
-from remotegpu_queue import outbox, units, views
+from remotegpu_queue import damage, outbox, units, views
 from remotegpu_queue.admission import Floors, Readings
 from remotegpu_queue.breaker import Rules
 from remotegpu_queue.outbox import Report
-from remotegpu_queue.store import Store, StoreUnavailable
+from remotegpu_queue.store import DATABASE_NAME, Store, StoreDamaged, StoreUnavailable
 from remotegpu_queue.units import ClaimResult
 from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId
@@ -63,10 +67,14 @@ from remotegpu_schemas.task import OnUnreachable
 from remotegpu_schemas.wire import HeartbeatAnswer, JsonObject, RegisterRequest
 from remotegpu_sidecar import identity
 from remotegpu_sidecar.adoption import directory_name
-from remotegpu_sidecar.launcher import Launcher, LaunchError
+from remotegpu_sidecar.launcher import Adopted, Launcher, LaunchError
 from remotegpu_sidecar.placement import choose
 
 log = structlog.get_logger(__name__)
+
+_ANNOUNCE_AGAIN_S: Final = 5.0
+_STARTS_MAX: Final = 3
+"""So often one process rebuilds a damaged database: a disk that damages every one is for an operator."""
 
 
 def run(config: Config, environ: Mapping[str, str] = os.environ) -> int:
@@ -81,17 +89,41 @@ def run(config: Config, environ: Mapping[str, str] = os.environ) -> int:
 async def _run(config: Config, environ: Mapping[str, str]) -> int:
     stopping = asyncio.Event()
     _on_signals(stopping)
+    for _ in range(_STARTS_MAX):
+        if await _live(config, environ, stopping):
+            return 0
+        log.critical("starting again, to rebuild the database; tasks that run go on")
+    return 1
+
+
+async def _live(config: Config, environ: Mapping[str, str], stopping: asyncio.Event) -> bool:
+    """One agent, from its start to its end; False if that was a damaged database."""
     async with contextlib.AsyncExitStack() as stack:
         try:
             agent = await Agent.start(config, environ, stack)
-        except (OSError, LaunchError) as error:
+        except StoreDamaged:
+            return False
+        except (OSError, LaunchError, StoreUnavailable) as error:
             raise Misconfigured(
                 f"the agent cannot start on {config.agent.state_dir}: {error}; move away what is in the way"
             ) from error
         log.info("ready", url=agent.endpoints.url, socket=str(agent.endpoints.socket or ""), version=VERSION)
-        await stopping.wait()
+        if await _is_first(agent.store_damaged, than=stopping):
+            return False
         log.info("stopping; tasks that run go on")
-    return 0
+    return True
+
+
+async def _is_first(event: asyncio.Event, *, than: asyncio.Event) -> bool:
+    """Wait for either; whether it was `event` alone."""
+    waiting = [asyncio.ensure_future(each.wait()) for each in (event, than)]
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in waiting:
+            each.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+    return not than.is_set()
 
 
 def _on_signals(stopping: asyncio.Event) -> None:
@@ -129,6 +161,8 @@ class Agent:
         self._clock = outside.clock
         self._state_dir = config.agent.state_dir
         self._attempts_dir = self._state_dir / "attempts"
+        self._audit = AuditLog(self._state_dir / "audit")
+        self._notices = damage.notices(self._state_dir / DATABASE_NAME)
         self._announcer = Announcer()
         self._watcher = outside.watcher
         self._launcher = outside.launcher
@@ -150,12 +184,14 @@ class Agent:
             on_decided=self._on_decided,
         )
         self._breaker = self._make_breaker()
+        self._retention = self._make_retention()
         self._progress = ProgressFollower(loops, self._watcher, self._executor.store_progress)
         self._executor.watch(started=self._follow_progress, ended=lambda run: self._progress.forget(run.attempt_id))
         self._executor.watch(started=self._breaker.started, ended=self._breaker.ended)
         self._executor.watch(started=_ignore, ended=lambda _: self._draining.look_again())
         self._standing.drain_sentence = lambda: self._draining.sentence
         self._standing.host_blocks = lambda: self._host_watch.blocks
+        self._standing.notices = lambda: self._notices
         self._standing.breaker_block = lambda: self._breaker.block
         self._operations = self._make_operations()
         self._api = self._make_api()
@@ -170,7 +206,11 @@ class Agent:
         store = await Store.open(config.agent.state_dir)
         stack.push_async_callback(store.close)
         boot_id = identity.boot_id()
-        names = await store.write(lambda db: name_agent(db, config.agent, boot_id))
+        if store.is_new:
+            kept = await asyncio.to_thread(names_on_record, config.agent.state_dir / "attempts")
+            kept = {**kept, **(store.set_aside.meta if store.set_aside is not None else {})}
+            await store.insist(lambda db: units.keep_meta(db, kept), "what was known before")
+        names = await store.insist(lambda db: name_agent(db, config.agent, boot_id), "the agent's name")
         loops = Loops()
         placement = await choose(config.tasks.placement)
         log.info("placement of runs", kind=placement.kind, missing=placement.missing)
@@ -193,9 +233,28 @@ class Agent:
         await agent._take_over()
         await agent._api.start()
         stack.push_async_callback(agent._api.stop)
-        write_endpoints(agent._state_dir, agent.endpoints)
+        await agent._announce_endpoints()
         agent._start_loops()
         return agent
+
+    async def _announce_endpoints(self) -> None:
+        """A full disk does not keep the agent from its work; the file comes when there is room."""
+        try:
+            write_endpoints(self._state_dir, self.endpoints)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            log.error("where the API listens cannot be written yet", error=str(error))
+            self._loops.spawn("endpoints", self._announce_endpoints_later)
+
+    async def _announce_endpoints_later(self) -> None:
+        await asyncio.sleep(_ANNOUNCE_AGAIN_S)
+        await self._announce_endpoints()
+
+    @property
+    def store_damaged(self) -> asyncio.Event:
+        """Set when the database turns out to be damaged."""
+        return self._store.damaged
 
     @property
     def endpoints(self) -> Endpoints:
@@ -253,6 +312,22 @@ class Agent:
             active=self._executor.active.values,
             on_changed=self._on_decided,
             on_submitted=self._on_free,
+        )
+
+    def _make_retention(self) -> Retention:
+        retention = self._config.retention
+        settings = RetentionSettings(
+            max_age_s=retention.max_age,
+            size_max_bytes=round(retention.max_size_gb * limits.GIB),
+            audit_max_age_s=self._config.audit.retention,
+        )
+        return Retention(
+            self._store,
+            self._state_dir,
+            self._audit,
+            settings,
+            wall_s=lambda: self._clock.wall_ms() / 1000,
+            is_live=lambda task_id: any(run.task_id == task_id for run in list(self._executor.active.values())),
         )
 
     def _make_leases(self) -> LeaseKeeper:
@@ -314,7 +389,7 @@ class Agent:
                 for caller in api.legacy_callers
             ),
         )
-        return ApiServer(self._operations, settings, AuditLog(self._state_dir / "audit"))
+        return ApiServer(self._operations, settings, self._audit)
 
     async def _open_plane(self, environ: Mapping[str, str], stack: contextlib.AsyncExitStack) -> None:
         """The control plane and the three loops that talk to it; none for a stand-alone agent."""
@@ -384,14 +459,49 @@ class Agent:
     # --- starting ---
 
     async def _take_over(self) -> None:
-        await self._store.write(lambda db: units.rebase(db, self._names.boot_id))
+        await self._store.insist(lambda db: units.rebase(db, self._names.boot_id), "this boot of the host")
         await self._draining.load()
         await self._breaker.load()
         await self._host_watch.look()
         ended = await self._store.read(views.ended_runs)
         found = await self._launcher.adopt(settled=frozenset(directory_name(*key) for key in ended))
+        restoration = Restoration(
+            self._store,
+            self._reports,
+            self._names.boot_id,
+            self._clock.wall_ms(),
+            is_rebuild=self._store.is_new,
+            default_ttl_s=self._config.lease.ttl,
+        )
+        restored = await restoration.restore(found)
         recovered = await recover(self._store, self._executor, found)
         log.info("took stock", adopted=recovered.adopted, finished=recovered.finished)
+        self._loops.spawn("restoration", lambda: self._restore_later(restoration, restored, found))
+
+    async def _restore_later(self, restoration: Restoration, restored: Restored, found: Sequence[Adopted]) -> None:
+        """What is over does not hold up the start. What cannot be known is stated."""
+        restored = await restoration.restore_later(restored)
+        strays = await restoration.strays(found)
+        self._retention.strays, self._retention.spared_tasks = strays.directories, strays.living
+        self._loops.run_forever("retention", self._retention.run)
+        self._on_report()
+        aside = self._store.set_aside
+        if aside is None:
+            return
+        log.critical(
+            "the database was rebuilt; local tasks that waited, and ends that were not yet reported and have no "
+            "directory, are lost",
+            set_aside=str(aside.path),
+            reason=aside.reason,
+            alive=restored.alive,
+            over=restored.over,
+            left=restored.left,
+        )
+        detail: dict[str, str | int | None] = {"set_aside": str(aside.path), "reason": aside.reason}
+        detail |= {"alive": restored.alive, "over": restored.over, "left": restored.left}
+        await self._audit.record(
+            AuditEntry(who="agent", what="database_rebuilt", source="local", outcome="ok", detail=detail)
+        )
 
     def _start_loops(self) -> None:
         self._loops.run_forever("host-watch", self._host_watch.run)

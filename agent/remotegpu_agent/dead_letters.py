@@ -9,6 +9,7 @@ from remotegpu_queue.outbox import Report
 from remotegpu_queue.store import Store
 from remotegpu_schemas.api import DeadLetter, DeadLetterPage
 from remotegpu_schemas.errors import Code, Refused
+from remotegpu_schemas.limits import STORE_PATIENCE_S
 from remotegpu_schemas.wire import format_time
 
 
@@ -36,7 +37,9 @@ class DeadLetters:
     async def resend(self, letter_id: int) -> DeadLetter:
         """Due at once. Raises Refused."""
         letter = await self.show(letter_id)
-        if not await self._store.write(lambda db: outbox.resend_dead(db, letter_id, self._boot_id)):
+        if not await self._store.write(
+            lambda db: outbox.resend_dead(db, letter_id, self._boot_id), patience_s=STORE_PATIENCE_S
+        ):
             raise Refused(Code.DEAD_LETTER_NOT_FOUND, f"dead letter {letter_id} has just gone")
         self._on_resent()
         return letter
@@ -44,7 +47,7 @@ class DeadLetters:
     async def drop(self, letter_id: int) -> DeadLetter:
         """Gone for good. Raises Refused."""
         letter = await self.show(letter_id)
-        if not await self._store.write(lambda db: outbox.drop_dead(db, letter_id)):
+        if not await self._store.write(lambda db: outbox.drop_dead(db, letter_id), patience_s=STORE_PATIENCE_S):
             raise Refused(Code.DEAD_LETTER_NOT_FOUND, f"dead letter {letter_id} has just gone")
         return letter
 

@@ -17,6 +17,7 @@ import structlog
 from remotegpu_agent.clock import Clock
 from remotegpu_queue import units
 from remotegpu_queue.store import Store
+from remotegpu_schemas.limits import STORE_PATIENCE_S
 
 log = structlog.get_logger(__name__)
 
@@ -70,7 +71,7 @@ class Drain:
         if self.order is None:
             order = DrainOrder(by, reason, self._clock.wall_ms())
             text = json.dumps({"by": order.by, "reason": order.reason, "at_ms": order.at_ms})
-            await self._store.write(lambda db: units.set_meta(db, _KEY, text))
+            await self._store.write(lambda db: units.set_meta(db, _KEY, text), patience_s=STORE_PATIENCE_S)
             self.order = order
             log.info("draining", asked_by=by, reason=reason)
             self._changed()
@@ -78,7 +79,7 @@ class Drain:
     async def end(self) -> None:
         """Take back the local order. Safe to repeat. Raises StoreUnavailable."""
         if self.order is not None:
-            await self._store.write(lambda db: units.set_meta(db, _KEY, None))
+            await self._store.write(lambda db: units.set_meta(db, _KEY, None), patience_s=STORE_PATIENCE_S)
             self.order = None
             log.info("no longer draining", asked_by="operator", is_still_asked_by_plane=self.is_asked_by_plane)
             self._changed()

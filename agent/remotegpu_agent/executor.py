@@ -26,6 +26,7 @@ from remotegpu_agent.leases import LeaseKeeper
 from remotegpu_agent.progress import read_progress
 from remotegpu_agent.runspec import RunSettings, build_run_spec, prepare_work_dir, progress_path
 from remotegpu_agent.supervise import Loops
+from remotegpu_queue import restoring
 from remotegpu_queue.rows import Attempt
 from remotegpu_queue.rows import Run as StoredRun
 from remotegpu_queue.store import LostRace, StoreUnavailable
@@ -53,7 +54,7 @@ _AGAIN_AFTER_S: Final = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _NO_DEADLINE_NS: Final = 2**62
 """A century and a half after boot."""
 
-_MISSING: Final = {AdoptedState.NEVER_STARTED: Missing.NEVER_STARTED, AdoptedState.OTHER_BOOT: Missing.REBOOTED}
+MISSING: Final = {AdoptedState.NEVER_STARTED: Missing.NEVER_STARTED, AdoptedState.OTHER_BOOT: Missing.REBOOTED}
 """Every other state without an end on record means that the shim was lost."""
 
 
@@ -207,6 +208,7 @@ class Executor:
         lease = self.leases.current(attempt.attempt_id) or attempt.lease
         ttl_s = lease.ttl_s if lease is not None else None
         spec = build_run_spec(attempt.task, attempt.attempt_id, run_no, self._settings, lease_ttl_s=ttl_s)
+        spec = spec.model_copy(update={"memo": restoring.memo_of(attempt, lease)})
         return await self._launcher.launch(spec, self._fence_ns(lease))
 
     def _fence_ns(self, lease: Lease | None) -> int | None:
@@ -237,7 +239,7 @@ class Executor:
             and _is_of_another_boot(record, self._books.boot_id)
         ):
             active.stop_cause = Cause.HOST_SHUTDOWN  # no agent asked for it, nor lived to see it
-        missing = _MISSING.get(state, Missing.SHIM_LOST)
+        missing = MISSING.get(state, Missing.SHIM_LOST)
         await self._finish(active, record, lambda cause: _judged(record, missing, cause))
 
     async def _clear(self, active: Active, found: Adopted) -> None:

@@ -44,6 +44,9 @@ async def recover(store: Store, executor: Executor, found: Sequence[Adopted]) ->
     adopted = 0
     for key, run in open_runs.items():
         here = by_key.get(key)
+        if run.attempt_id not in by_id:
+            log.error("a run is open though its attempt has ended", attempt_id=run.attempt_id, run_no=run.run_no)
+            continue
         executor.adopt(by_id[run.attempt_id], run, here)
         adopted += here is not None and here.run is not None
     for attempt in attempts:

@@ -58,8 +58,12 @@ class Reports:
         """POST /tasks/{id}/start."""
         if attempt.origin == "local":
             return None
+        return self.start_body(attempt.attempt_id, run_no, started)
+
+    def start_body(self, attempt_id: AttemptId, run_no: RunNo, started: RunStarted) -> JsonObject:
+        """As `start`, of a claimed attempt."""
         return StartReport(
-            agent_id=self.agent_id, attempt_id=attempt.attempt_id, process_id=started.process.pid, run_no=run_no
+            agent_id=self.agent_id, attempt_id=attempt_id, process_id=started.process.pid, run_no=run_no
         ).body()
 
     def progress(self, attempt: Attempt, percent: float, message: str) -> JsonObject | None:

@@ -27,6 +27,8 @@ class Standing:
         self.is_outbox_full: Callable[[], bool] = lambda: False
         self.drain_sentence: Callable[[], str | None] = lambda: None
         self.host_blocks: Callable[[], Sequence[Block]] = tuple
+        self.notices: Callable[[], Sequence[str]] = tuple
+        """What an operator should look at though everything goes on."""
         self.breaker_block: Callable[[], Block | None] = lambda: None
 
     def blocks(self) -> list[Block]:
@@ -66,6 +68,7 @@ class Standing:
     def reasons(self) -> list[str]:
         """What keeps the agent from being ready, each a sentence; empty when nothing does."""
         found = [block.reason for block in self.blocks() if block.kind is not BlockKind.UNREGISTERED]
+        found += self.notices()
         if self.plane is not None and self.plane.contact.error is not None:
             found.append(f"control plane: {self.plane.contact.error}")
         return found

@@ -6,13 +6,17 @@ import json
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
+
+from pydantic import ValidationError
 
 from remotegpu_queue.queries import SQL
 from remotegpu_queue.store import LostRace
 from remotegpu_schemas.attempt import AttemptId, Lease, ProcessIdentity, RunNo
 from remotegpu_schemas.states import Cause, RunState, TaskState
-from remotegpu_schemas.task import Task, TaskId
+from remotegpu_schemas.task import Resources, Task, TaskId
+
+_REASON_MAX_CHARS: Final = 300
 
 Origin = Literal["local", "control_plane"]
 
@@ -43,6 +47,8 @@ class Attempt:
     ended_at_ms: int | None
     is_start_accepted: bool
     is_synced: bool
+    unreadable: str | None = None
+    """Why the task cannot be read, if so: then `task` stands in for it, and must not be run."""
 
     @property
     def task_id(self) -> TaskId:
@@ -75,10 +81,11 @@ def attempt_of(row: sqlite3.Row) -> Attempt:
         lease = Lease(
             ttl_s=row["lease_ttl_ns"] / 1e9, deadline_boottime_ns=row["lease_deadline_ns"], boot_id=row["boot_id"]
         )
+    task, unreadable = _task_of(row)
     return Attempt(
         seq=row["seq"],
         attempt_id=AttemptId(row["attempt_id"]),
-        task=Task.model_validate_json(row["task"]),
+        task=task,
         origin=row["origin"],
         state=TaskState(row["state"]),
         run_no=RunNo(row["run_no"]),
@@ -98,7 +105,22 @@ def attempt_of(row: sqlite3.Row) -> Attempt:
         ended_at_ms=row["ended_at_ms"],
         is_start_accepted=bool(row["is_start_accepted"]),
         is_synced=bool(row["is_synced"]),
+        unreadable=unreadable,
     )
+
+
+def _task_of(row: sqlite3.Row) -> tuple[Task, str | None]:
+    """The task, or one that stands in for it, and why: one bad row must not keep the others from being read."""
+    try:
+        return Task.model_validate_json(row["task"]), None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = f"the task as it is stored cannot be read: {where + ': ' if where else ''}{first['msg']}"
+    resources = Resources.model_construct(gpus=row["gpus"], cpus=row["cpus"], memory_gb=row["memory_gb"])
+    return Task.model_construct(
+        id=row["task_id"], command="(the stored task cannot be read)", priority=row["priority"], resources=resources
+    ), reason[:_REASON_MAX_CHARS]
 
 
 def run_of(row: sqlite3.Row) -> Run:

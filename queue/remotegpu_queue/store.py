@@ -3,13 +3,14 @@
 The only importer of aiosqlite. Knows nothing of tasks: what is read and written are the units of `units.py`,
 plain functions on a sqlite3 connection, so that the simulator can run the same SQL on an inline connection.
 
-Long, because opening, locking, migrating and writing guard one connection.
+Long, because opening, locking, migrating and writing guard one connection; damage is found out by `damage.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import fcntl
 import os
 import sqlite3
@@ -21,14 +22,23 @@ from pathlib import Path
 from typing import Any, Final, Protocol, Self, TypeVar
 
 import aiosqlite
+import structlog
 
+from remotegpu_queue import damage
+from remotegpu_queue.damage import Damaged, SetAside
 from remotegpu_schemas import limits
 from remotegpu_schemas.errors import AgentError, Misconfigured, Permanent, Retryable
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 Unit = Callable[[sqlite3.Connection], T]
 
+DATABASE_NAME: Final = "queue.db"
 _BUSY_TIMEOUT_MS: Final = 30_000
+_INSIST_EVERY_S: Final = 1.0
+_LOG_KEPT_MAX_BYTES: Final = 64 * limits.MIB
+"""What remains of the write-ahead log after a checkpoint, however long a reader has made it."""
 _OUTSIDE_FAULTS: Final = frozenset(
     {
         sqlite3.SQLITE_BUSY,
@@ -52,6 +62,10 @@ class LostRace(AgentError):
 
 class StoreUnavailable(Retryable):
     """The database cannot be written now (disk full, read-only, locked, I/O error); the message says which."""
+
+
+class StoreDamaged(StoreUnavailable):
+    """The database turned out to be damaged: only a new start, which rebuilds it, can mend that."""
 
 
 class Executor(Protocol):
@@ -89,9 +103,10 @@ class ThreadExecutor(aiosqlite.Connection):
         await asyncio.to_thread(self._thread.join)
 
 
-def connect(path: Path, *, is_reader: bool = False) -> sqlite3.Connection:
+def connect(path: Path, *, is_reader: bool = False, is_alone: bool = False) -> sqlite3.Connection:
     """Open the database with this program's settings. A writer creates the file, readable by its owner only.
 
+    One that `is_alone` needs no room for the log's index, because it lets nobody else in (sqlite.org/wal.html).
     Raises sqlite3.Error, and OSError when the file cannot be created.
     """
     if not is_reader:
@@ -105,20 +120,23 @@ def connect(path: Path, *, is_reader: bool = False) -> sqlite3.Connection:
         if is_reader:
             connection.execute("PRAGMA query_only = ON")
             return connection
+        if is_alone:
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         mode: str = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
         if mode != "wal":
             raise sqlite3.OperationalError(f"the file system does not carry write-ahead logging (journal mode {mode})")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute(f"PRAGMA journal_size_limit = {_LOG_KEPT_MAX_BYTES}")
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-async def thread_executor(path: Path, *, is_reader: bool = False) -> ThreadExecutor:
+async def thread_executor(path: Path, *, is_reader: bool = False, is_alone: bool = False) -> ThreadExecutor:
     """Open `path` in a thread; the one executor of the running agent."""
-    executor = ThreadExecutor(lambda: connect(path, is_reader=is_reader))
+    executor = ThreadExecutor(lambda: connect(path, is_reader=is_reader, is_alone=is_alone))
     try:
         await executor
     except Exception:
@@ -134,10 +152,34 @@ class Failed:
     error: Exception
 
 
-@dataclass(frozen=True)
+class _Withdrawn(Exception):
+    """Nobody waits for this unit any more."""
+
+
 class _Waiting:
-    unit: Unit[Any]
-    done: asyncio.Future[Any]
+    """A unit on its way to the writer. Either it is run or it is withdrawn, whichever comes first."""
+
+    def __init__(self, unit: Unit[Any], done: asyncio.Future[Any]) -> None:
+        self._unit = unit
+        self._turn = [None]  # whoever takes it decides: a list's pop is atomic between threads
+        self.done = done
+
+    def run(self, db: sqlite3.Connection) -> Any:
+        """The unit, in the writer's thread. Raises what it raises, or _Withdrawn."""
+        if not self._take():
+            raise _Withdrawn
+        return self._unit(db)
+
+    def withdraw(self) -> bool:
+        """Take it back; False if it is being run, or has been."""
+        return self._take()
+
+    def _take(self) -> bool:
+        try:
+            self._turn.pop()
+        except IndexError:
+            return False
+        return True
 
 
 class Store:
@@ -155,31 +197,33 @@ class Store:
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
+        self._path: Path | None = None
+        self.set_aside: SetAside | None = None
+        """The damaged database in whose place `open` made a new one."""
+        self.is_new = False
+        """Whether `open` made the database, so that it knows nothing of what the attempt directories hold."""
+        self.damaged = asyncio.Event()
+        """Set when damage shows itself while the store is open: only a new start can mend it."""
 
     @classmethod
     async def open(cls, state_dir: Path) -> Self:
-        """Open `<state_dir>/queue.db`, migrated, for this process alone.
+        """Open `<state_dir>/queue.db`, migrated, for this process alone; a damaged one is set aside for a new one.
 
-        Raises Misconfigured: the directory cannot be written, another agent has it, the database is damaged, or newer
-        than this program.
+        Raises Misconfigured: the directory cannot be written, another agent has it, the database cannot be opened, or
+        is newer than this program.
         """
-        path = state_dir / "queue.db"
+        path = state_dir / DATABASE_NAME
         lock_fd = lock_state_dir(state_dir)
         try:
-            writer = await thread_executor(path)
-            try:
-                await writer.run(lambda db: migrate(db, path))
-                reader = await thread_executor(path, is_reader=True)
-            except BaseException:
-                await writer.close()
-                raise
+            opened, aside = await _open_or_replace(path)
         except (sqlite3.Error, OSError) as error:
             os.close(lock_fd)
             raise Misconfigured(_cannot_open(path, error)) from error
         except BaseException:
             os.close(lock_fd)
             raise
-        store = cls(writer, reader, lock_fd)
+        store = cls(opened.writer, opened.reader, lock_fd)
+        store._path, store.set_aside, store.is_new = path, aside, opened.is_new
         store.start()
         return store
 
@@ -197,20 +241,54 @@ class Store:
             if self._lock_fd is not None:
                 stack.callback(os.close, self._lock_fd)
             stack.push_async_callback(self._writer.close)
-            stack.push_async_callback(self._reader.close)
+            if self._reader is not self._writer:
+                stack.push_async_callback(self._reader.close)
             if self._task is not None:
                 await self._task
 
-    async def write(self, unit: Unit[T]) -> T:
+    async def write(self, unit: Unit[T], *, patience_s: float | None = None) -> T:
         """Run the unit in the next transaction; on return it is on disk.
 
         Raises what the unit raises (only its own changes are rolled back), or StoreUnavailable. If the caller is
-        cancelled the unit may still be committed.
+        cancelled the unit may still be committed; if its patience ends first, it never is.
         """
-        return await asyncio.shield(await self.enqueue(unit))
+        if patience_s is None:
+            return await asyncio.shield(await self.enqueue(unit))
+        busy = StoreUnavailable("the database is busy; a backup may hold its lock", retry_after_s=patience_s)
+        give_up_at_s = asyncio.get_running_loop().time() + patience_s
+        try:
+            async with asyncio.timeout_at(give_up_at_s):
+                waiting = await self._queue_up(unit)
+        except TimeoutError:
+            raise busy from None
+        try:
+            left_s = give_up_at_s - asyncio.get_running_loop().time()
+            done, _ = await asyncio.wait((waiting.done,), timeout=max(0.0, left_s))
+        except asyncio.CancelledError:
+            waiting.done.add_done_callback(_retrieved)
+            raise
+        if not done and waiting.withdraw():
+            waiting.done.cancel()
+            raise busy
+        result: T = await asyncio.shield(waiting.done)
+        return result
+
+    async def insist(self, unit: Unit[T], what: str) -> T:
+        """As `write`, again and again while the database cannot be written: at the start nothing goes on without it."""
+        while True:
+            try:
+                return await self.write(unit)
+            except StoreUnavailable as error:
+                if isinstance(error, StoreDamaged) or self._is_closed:
+                    raise
+                log.error("something cannot be stored yet", what=what, error=str(error))
+                await asyncio.sleep(_INSIST_EVERY_S)
 
     async def enqueue(self, unit: Unit[T]) -> asyncio.Future[T]:
         """As `write`, but return the future; units are committed in the order of these calls."""
+        return (await self._queue_up(unit)).done
+
+    async def _queue_up(self, unit: Unit[Any]) -> _Waiting:
         if not self._is_closed:
             await self._room.acquire()
         if self._is_closed:  # before, or while there was no room
@@ -219,7 +297,7 @@ class Store:
         waiting = _Waiting(unit, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._changed.set()
-        return waiting.done
+        return waiting
 
     async def read(self, query: Unit[T]) -> T:
         """Run a query on the reader; all its statements see one moment. Raises what it raises, or StoreUnavailable."""
@@ -228,7 +306,9 @@ class Store:
         except sqlite3.Error as error:
             if not is_outside_fault(error):
                 raise
-            raise _unavailable("read", error) from error
+            refusal = _unavailable("read", error)
+            self._note_damage(refusal)
+            raise refusal from error
 
     async def _write_loop(self) -> None:
         while self._queue or not self._is_closed:
@@ -243,7 +323,7 @@ class Store:
                 self._room.release()
 
     async def _commit(self, batch: Sequence[_Waiting]) -> None:
-        units = [waiting.unit for waiting in batch]
+        units = [waiting.run for waiting in batch]
         try:
             results = await self._writer.run(lambda db: run_batch(db, units))
         except Exception as error:  # noqa: BLE001 - nothing was committed; whatever it was, the writer goes on
@@ -253,9 +333,93 @@ class Store:
             if waiting.done.cancelled():
                 continue
             if isinstance(result, Failed):
+                self._note_damage(result.error)
                 waiting.done.set_exception(result.error)
             else:
                 waiting.done.set_result(result)
+
+    def _note_damage(self, error: Exception) -> None:
+        if not isinstance(error, StoreDamaged) or self.damaged.is_set():
+            return
+        log.critical("the database is damaged", error=str(error))
+        if self._path is not None:
+            with contextlib.suppress(OSError):  # then the log that an unclean stop leaves says the same
+                damage.suspect_path(self._path).touch(mode=0o600)
+        self.damaged.set()
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """The two connections; one and the same where there is no room for the log's index, which two would share."""
+
+    writer: Executor
+    reader: Executor
+    is_new: bool
+
+
+async def _open_or_replace(path: Path) -> tuple[_Opened, SetAside | None]:
+    """Open the database; a damaged one is set aside, and a new one opened in its place."""
+    try:
+        await _examine(path)
+        return await _open(path), None
+    except (sqlite3.Error, Damaged) as error:
+        if not isinstance(error, Damaged) and not damage.is_damage(error):
+            raise
+        aside = damage.set_aside(path, str(error), datetime.datetime.now(datetime.UTC))
+        log.critical("the database is damaged and was set aside", path=str(aside.path), reason=aside.reason)
+        return await _open(path), aside
+
+
+async def _examine(path: Path) -> None:
+    try:
+        await asyncio.to_thread(damage.examine, path)
+    except sqlite3.Error as error:
+        if damage.is_damage(error):
+            raise
+        log.warning("the database cannot be looked at for damage", error=str(error))  # opening it says why
+
+
+async def _open(path: Path) -> _Opened:
+    """The whole of it, and on a full disk what can be had without more room."""
+    try:
+        return await _connections(path)
+    except sqlite3.Error as error:
+        if not _is_want_of_room(error):
+            raise
+        log.error("the database is opened for this process alone: there is no room to share it", error=str(error))
+        return await _connections(path, is_alone=True)
+
+
+async def _connections(path: Path, *, is_alone: bool = False) -> _Opened:
+    writer = await thread_executor(path, is_alone=is_alone)
+    try:
+        is_new = await writer.run(lambda db: _make_ready(db, path))
+        reader = writer if is_alone else await thread_executor(path, is_reader=True)
+    except BaseException:
+        await writer.close()
+        raise
+    return _Opened(writer, reader, is_new)
+
+
+def _make_ready(db: sqlite3.Connection, path: Path) -> bool:
+    """Migrate. Returns whether the database is new."""
+    version: int = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > len(migrations()):
+        damage.refuse_damage(db, is_thorough=False)  # damage may look like a newer version
+    migrate(db, path)
+    return version == 0
+
+
+def _is_want_of_room(error: sqlite3.Error) -> bool:
+    """SQLite says I/O error where there is no room for the log's index (SQLITE_IOERR_SHMSIZE)."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN}
+
+
+def _retrieved(done: asyncio.Future[Any]) -> None:
+    """Whoever asked is gone; what came of it is nobody's concern."""
+    if not done.cancelled():
+        done.exception()
 
 
 def is_outside_fault(error: BaseException) -> bool:
@@ -274,18 +438,13 @@ def _refusal(error: Exception) -> Exception:
 
 
 def _unavailable(verb: str, error: Exception) -> StoreUnavailable:
-    refusal = StoreUnavailable(f"the database cannot be {verb}: {error}")
+    kind = StoreDamaged if damage.is_damage(error) else StoreUnavailable
+    refusal = kind(f"the database cannot be {verb}: {error}")
     refusal.__cause__ = error
     return refusal
 
 
 def _cannot_open(path: Path, error: Exception) -> str:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}:
-        return (
-            f"the database {path} is damaged: {error}; restore a backup, or move {path.name}, {path.name}-wal and "
-            f"{path.name}-shm away and start again (what waits in them is lost)"
-        )
     return f"cannot open the database {path}: {error}; check its owner, mode and disk"
 
 

@@ -56,7 +56,8 @@ class NewAttempt:
     retries_used: int = 0
 
 
-def _insert(db: sqlite3.Connection, new: NewAttempt, now_ms: int) -> None:
+def insert(db: sqlite3.Connection, new: NewAttempt, now_ms: int) -> None:
+    """Store an attempt as it comes, whatever else there is of its task; `submit` and `add_claims` look at that."""
     lease, resources = new.lease, new.task.resources
     seq = db.execute(
         SQL["add_attempt"],
@@ -90,7 +91,7 @@ def submit(db: sqlite3.Connection, attempts: Sequence[NewAttempt], now_ms: int) 
     for new in attempts:
         if one(db, "task_is_taken", {"task_id": new.task.id}) is not None:
             raise Refused(Code.ALREADY_EXISTS, f"a task with the id {new.task.id!r} exists already; choose another id")
-        _insert(db, new, now_ms)
+        insert(db, new, now_ms)
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _add_claim(db: sqlite3.Connection, claim: NewAttempt, now_ms: int) -> ClaimR
         else:
             end_waiting(db, old, Cause.SUPERSEDED, _SUPERSEDED.error, _SUPERSEDED.exit_code, now_ms, None)
     db.execute(SQL["not_latest"], {"task_id": claim.task.id})
-    _insert(db, claim, now_ms)
+    insert(db, claim, now_ms)
     return ClaimResult(claim.attempt_id, is_new=True, superseded=tuple(superseded))
 
 
@@ -438,3 +439,9 @@ def find_meta(db: sqlite3.Connection, key: str) -> str | None:
     """The value stored under `key`, or None."""
     row = one(db, "get_meta", {"key": key})
     return None if row is None else str(row["value"])
+
+
+def keep_meta(db: sqlite3.Connection, values: Mapping[str, str]) -> None:
+    """Store what is not there yet. Safe to repeat."""
+    for key, value in values.items():
+        db.execute(SQL["add_meta"], {"key": key, "value": value})

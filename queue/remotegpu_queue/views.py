@@ -6,7 +6,7 @@ import functools
 import math
 import re
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -94,6 +94,11 @@ def run(db: sqlite3.Connection, attempt_id: AttemptId, run_no: RunNo) -> Run | N
 def open_runs(db: sqlite3.Connection) -> list[Run]:
     """Runs that have not ended."""
     return [run_of(row) for row in db.execute(SQL["open_runs"])]
+
+
+def known_runs(db: sqlite3.Connection, keys: Iterable[tuple[str, int]]) -> frozenset[tuple[str, int]]:
+    """Those of the runs, by attempt id and number, that are in the database."""
+    return frozenset(key for key in keys if one(db, "run_state", {"attempt_id": key[0], "run_no": key[1]}) is not None)
 
 
 def ended_runs(db: sqlite3.Connection) -> frozenset[tuple[str, int]]:

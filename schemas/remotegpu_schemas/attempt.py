@@ -7,12 +7,12 @@ typed faces of the lines in `<state>/attempts/<attempt_id>.<run_no>/record`; the
 from __future__ import annotations
 
 import enum
-from typing import Annotated, NewType
+from typing import Annotated, Any, Literal, NewType
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from remotegpu_schemas import limits
-from remotegpu_schemas.task import TaskId
+from remotegpu_schemas.task import Task, TaskId
 
 AttemptId = NewType("AttemptId", str)
 RunNo = NewType("RunNo", int)
@@ -89,6 +89,22 @@ class RunLimits(Frozen):
     tasks_max: Annotated[int, Field(gt=0)] | None = None
 
 
+class Memo(Frozen):
+    """What the database knew of the attempt when the run began: enough to write it down again.
+
+    Later versions add keys with defaults only: a run that lives may have been started by an older release.
+    """
+
+    task: Task
+    origin: Literal["local", "control_plane"]
+    submitted_at_ms: int
+    started_at_ms: int
+    retries_used: Annotated[int, Field(ge=0)] = 0
+    free_retries_used: Annotated[int, Field(ge=0)] = 0
+    lease: Lease | None = None
+    renew_interval_s: Annotated[float, Field(gt=0)] | None = None
+
+
 class RunSpec(Frozen):
     """Everything the shim needs for one run; the first line of `record`, written by the agent.
 
@@ -115,6 +131,8 @@ class RunSpec(Frozen):
     output_segments: Annotated[int, Field(ge=limits.OUTPUT_SEGMENTS_MIN)] = limits.OUTPUT_SEGMENTS_DEFAULT
     """The limit is cut into so many files, of both streams together; the first and the newest are kept."""
     run_limits: RunLimits = RunLimits()
+    memo: dict[str, Any] | None = None
+    """A `Memo` as JSON, for a database that has lost the attempt; nothing that it holds keeps the run from adoption."""
 
 
 class RunStarted(Frozen):

@@ -75,6 +75,13 @@ API_STOP_ANSWER_S = 8.0
 # Store: units that wait for the writer; above it callers wait. One commit takes at most BATCH units.
 STORE_BATCH_MAX_UNITS = 128
 STORE_QUEUE_MAX_UNITS = 4096
+# Retention: one unit of the writer and one piece of removal stay short; a round goes on until nothing is left to do.
+RETENTION_BATCH_TASKS = 32
+RETENTION_PIECE_ENTRIES = 5_000
+RETENTION_TREE_MAX_ENTRIES = 200_000
+"""So many entries of one task's directories are measured; what is above them does not count towards the size."""
+STORE_PATIENCE_S = 5.0
+"""So long a caller of the API waits for a database that somebody else has locked; then it is told to come again."""
 QUEUE_LOOK_AHEAD = 32
 """So many waiting tasks more than slots are looked at; those that are delayed or never fit do not count."""
 QUEUE_MAX_TASKS = 200_000

@@ -409,7 +409,6 @@ def test_all_mistakes_at_once() -> None:
         ("capacity: {prefetch: 1}", "leave it out, or at 0"),
         ("spool: {enabled: false}", "leave it out, or at true"),
         ("spool: {enabled: 1}", "leave it out, or at true"),
-        ("retention: {max_age: 8d}", "leave it out, or at 7d"),
         ("api: {tls_cert_file: /x}", "leave it out, or at null"),
         ("host_operations: {ssh: {enabled: true}}", "'host_operations' is not supported"),
         ("gpus: off", "'gpus' is not supported by this version"),

@@ -173,17 +173,33 @@ async def test_f26_a_database_of_a_newer_version_is_left_alone(host: AgentProces
         assert db.execute("SELECT count(*) FROM attempts").fetchone()[0] == 2
 
 
-async def test_f26_a_damaged_database_is_kept_and_the_way_out_works(host: AgentProcess) -> None:
-    """F26: not a byte of it is lost, and what the message proposes lets the agent start again."""
+async def test_f26_what_is_no_database_is_kept_and_the_agent_starts(host: AgentProcess) -> None:
+    """F26: not a byte of it is lost, and it keeps nobody from working."""
     host.state_dir.mkdir()
-    path = host.state_dir / "queue.db"
     content = b"certainly not a database " * 400
-    path.write_bytes(content)
-    message = await refusal(host, reaches_database=True)
-    assert message.startswith(f"the database {path} is damaged: file is not a database; restore a backup, or move ")
-    assert path.read_bytes() == content
-    path.rename(path.with_suffix(".damaged"))
+    (host.state_dir / "queue.db").write_bytes(content)
     await works(host)
+    [kept] = host.state_dir.glob("queue.db.damaged-*")
+    assert kept.read_bytes() == content
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a file system")
+async def test_f25_a_read_only_file_system(host: AgentProcess) -> None:
+    """F25: refused in words that name the directory and the reason; once it can be written the agent works."""
+    host.state_dir.mkdir()
+    await _call("mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(host.state_dir))
+    try:
+        message = await refusal(host)
+        assert message.startswith(f"agent.state_dir: {host.state_dir} is on a read-only file system; ")
+        await _call("mount", "-o", "remount,rw", str(host.state_dir))
+        await works(host)
+    finally:
+        await _call("umount", str(host.state_dir))
+
+
+async def _call(*argv: str) -> None:
+    process = await asyncio.create_subprocess_exec(*argv)
+    assert await process.wait() == 0, argv
 
 
 async def test_a_file_in_the_way_of_the_socket_is_not_removed(host: AgentProcess) -> None:

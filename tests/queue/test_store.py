@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from remotegpu_queue.store import Store, StoreUnavailable, connect, run_batch, thread_executor
+from remotegpu_queue.store import Store, StoreDamaged, StoreUnavailable, connect, run_batch, thread_executor
 from remotegpu_schemas import limits
 from remotegpu_schemas.errors import Misconfigured
 
@@ -379,22 +379,8 @@ async def test_f25_database_that_cannot_be_made(tmp_path: Path) -> None:
     await opened.close()
 
 
-@pytest.mark.parametrize("damage", [b"this is no database, and long enough to be read as one" * 40, b"\0" * 100])
-async def test_f26_damaged_database(tmp_path: Path, damage: bytes) -> None:
-    """A file that is no database is refused with a sentence that says what to do, and is left as it was."""
-    opened = await Store.open(tmp_path)
-    await opened.write(_put("a"))
-    await opened.close()
-    with (tmp_path / "queue.db").open("r+b") as file:
-        file.write(damage)
-    before = (tmp_path / "queue.db").read_bytes()
-    with pytest.raises(Misconfigured, match=r"queue\.db is damaged: .*; restore a backup, or move queue\.db, "):
-        await Store.open(tmp_path)
-    assert (tmp_path / "queue.db").read_bytes() == before
-
-
-async def test_damaged_page_is_told_apart(tmp_path: Path) -> None:
-    """A page that turns out damaged while the agent runs makes reads and writes unavailable, not the agent crash."""
+async def test_f26_damaged_page_is_told_apart(tmp_path: Path) -> None:
+    """F26: a page that turns out damaged while the agent runs says so, and the next start sets it all aside."""
     opened = await Store.open(tmp_path)
     for number in range(200):
         await opened.write(_put(str(number), "x" * 1000))
@@ -404,8 +390,13 @@ async def test_damaged_page_is_told_apart(tmp_path: Path) -> None:
         file.seek(size // 2)
         file.write(b"\xff" * (size - size // 2))
     opened = await Store.open(tmp_path)
-    with pytest.raises(StoreUnavailable, match="malformed"):
+    assert not opened.damaged.is_set()
+    with pytest.raises(StoreDamaged, match="malformed"):
         await opened.read(lambda db: db.execute("SELECT count(value), max(value) FROM meta").fetchone())
+    assert opened.damaged.is_set()
+    await opened.close()
+    opened = await Store.open(tmp_path)
+    assert opened.is_new
     await opened.close()
 
 

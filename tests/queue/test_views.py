@@ -290,7 +290,7 @@ _COSTS: dict[str, tuple[int, Callable[[sqlite3.Connection], object]]] = {
     "begin": (1, lambda db: begin(db, "a60000")),
     "end": (1, lambda db: end(db, "a1060")),
     "submit": (1, lambda db: submit(db, "one-more")),
-    "claim": (1, lambda db: claim(db, "t70000", "newer")),
+    "claim": (2, lambda db: claim(db, "t70000", "newer")),  # which supersedes an older attempt
     # A whole count walks one index once: a few steps per task, no more.
     "counts": (1000, views.counts),
     "page": (1000, lambda db: views.list_attempts(db, [], {}, 100, 0)),
@@ -348,7 +348,7 @@ def test_every_query_is_used() -> None:
 def test_every_update_of_a_state_names_the_state_it_expects() -> None:
     """Zero changed rows is then a lost race, and never a change that nobody meant."""
     updates = {name: text for name, text in SQL.items() if re.search(r"\bSET state =", text)}
-    of_attempts = {"start_attempt", "end_attempt", "retry_attempt", "attempt_suspension"}
+    of_attempts = {"start_attempt", "end_attempt", "retry_attempt", "attempt_suspension", "restore_attempt"}
     assert set(updates) == of_attempts | {"run_started", "run_stopping", "run_ended", "run_suspension"}
     for text in updates.values():
         where = text.partition("WHERE")[2]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -19,12 +19,14 @@ from remotegpu_agent.daemon import Agent, Surroundings
 from remotegpu_agent.directory_watch import DirectoryWatcher
 from remotegpu_agent.executor import Executor
 from remotegpu_agent.names import Names
+from remotegpu_agent.restoration import Restoration, Restored
 from remotegpu_agent.supervise import Loops
 from remotegpu_queue.admission import Readings
 from remotegpu_queue.store import Store, StoreUnavailable
 from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import ProcessIdentity, RunSpec
 from remotegpu_schemas.wire import JsonObject, RegisterRequest
+from remotegpu_sidecar.launcher import Adopted
 from tests.simulation.disk import Disk, DiskExecutor
 from tests.simulation.network import Network, SimulatedControlPlane
 from tests.simulation.plane import EPOCH_S
@@ -84,6 +86,11 @@ class SimulatedAgent(Agent):
     def failures(self) -> dict[str, int]:
         """Parts that have raised."""
         return self._loops.failures
+
+    async def _restore_later(self, restoration: Restoration, restored: Restored, found: Sequence[Adopted]) -> None:
+        """As the real one, but without directories that could be stray, or that somebody could tidy."""
+        await restoration.restore_later(restored)
+        self._on_report()
 
     async def _describe(self) -> RegisterRequest:
         return RegisterRequest(

@@ -7,6 +7,7 @@ the body is read within bounds.
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from typing import Final
 
@@ -23,6 +24,7 @@ from remotegpu_agent.audit import AuditEntry
 from remotegpu_schemas.errors import Code, Refused, Retryable
 
 _PATH_SHOWN_CHARS: Final = 200
+_RETRY_AFTER_S: Final = 5.0
 
 _HEADERS: Final = {
     Code.UNAUTHORIZED: {"WWW-Authenticate": 'Bearer realm="remotegpu-agent"'},
@@ -135,6 +137,7 @@ async def _respond(context: Context, request: web.Request, handler: Handler) -> 
         headers = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
     except Retryable as error:
         code, message = Code.UNAVAILABLE, f"{error}; try again"
+        headers = {"Retry-After": str(math.ceil(error.retry_after_s or _RETRY_AFTER_S))}
     except Exception:
         # The top of the loop over requests: one that fails must not hurt the others, and tells its caller nothing
         # but where to look.

@@ -13,6 +13,7 @@ from typing import Final, NoReturn
 from remotegpu_agent.cli import (
     cancel,
     config,
+    database,
     dead_letters,
     doctor,
     drain,
@@ -58,6 +59,8 @@ VERBS: Final[Mapping[str, Verb]] = {
     "config show": config.show,
     "config check": config.check,
     "config path": config.path,
+    "db check": database.check,
+    "db backup": database.backup,
     "setup": setup.setup,
     "token new": token.new,
     "version": version.version,

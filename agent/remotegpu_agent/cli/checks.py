@@ -204,6 +204,18 @@ def _state_dir(config: Config) -> Iterator[Check]:
         yield Check("state directory", Level.WARNING, f"{text}, but few inodes", "remove small files")
     else:
         yield Check("state directory", Level.OK, text)
+    yield from _database(path)
+
+
+def _database(state_dir: Path) -> Iterator[Check]:
+    from remotegpu_queue import damage
+    from remotegpu_queue.store import DATABASE_NAME
+
+    path = state_dir / DATABASE_NAME
+    for notice in damage.notices(path):
+        yield Check("database", Level.WARNING, notice)
+    if damage.suspect_path(path).exists():
+        yield Check("database", Level.WARNING, f"{path} may be damaged", "restart the agent, which looks and mends it")
 
 
 def _secrets(config: Config, options: Globals) -> Iterator[Check]:

@@ -241,3 +241,41 @@ INSERT INTO meta (key, value) VALUES (:key, :value) ON CONFLICT (key) DO UPDATE 
 
 -- name: drop_meta
 DELETE FROM meta WHERE key = :key;
+
+-- name: has_later_attempt
+SELECT 1 FROM attempts WHERE task_id = :task_id AND submitted_at_ms > :submitted_at_ms LIMIT 1;
+
+-- name: has_other_live
+SELECT 1 FROM attempts
+WHERE task_id = :task_id AND attempt_id <> :attempt_id AND state IN ('running', 'suspended') LIMIT 1;
+
+-- name: restore_attempt
+UPDATE attempts
+SET state = :new_state, run_no = :run_no, started_at_ms = coalesce(started_at_ms, :started_at_ms),
+    retries_used = max(retries_used, :retries_used), free_retries_used = max(free_retries_used, :free_retries_used),
+    ready_boottime_ns = 0
+WHERE attempt_id = :attempt_id AND state = :state AND run_no < :run_no;
+
+-- name: open_run
+SELECT run_no, state FROM runs WHERE attempt_id = :attempt_id AND state <> 'ended';
+
+-- name: finished_before
+SELECT t.task_id, t.ended_at_ms FROM attempts t
+WHERE t.is_latest = 1 AND t.ended_at_ms IS NOT NULL AND t.ended_at_ms < :before_ms
+  AND NOT EXISTS (SELECT 1 FROM attempts a WHERE a.task_id = t.task_id AND a.ended_at_ms IS NULL)
+  AND NOT EXISTS (SELECT 1 FROM attempts a JOIN outbox o USING (attempt_id) WHERE a.task_id = t.task_id)
+ORDER BY t.ended_at_ms LIMIT :limit;
+
+-- name: finished_newest_first
+SELECT task_id, ended_at_ms, seq FROM attempts
+WHERE is_latest = 1 AND ended_at_ms IS NOT NULL AND (ended_at_ms, seq) < (:ended_at_ms, :seq)
+ORDER BY ended_at_ms DESC, seq DESC LIMIT :limit;
+
+-- name: is_still_needed
+SELECT 1 FROM attempts a
+WHERE a.task_id = :task_id
+  AND (a.ended_at_ms IS NULL OR EXISTS (SELECT 1 FROM outbox o WHERE o.attempt_id = a.attempt_id))
+LIMIT 1;
+
+-- name: forget_task
+DELETE FROM attempts WHERE task_id = :task_id;

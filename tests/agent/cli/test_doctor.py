@@ -103,6 +103,19 @@ def test_stand_alone(cli: Cli, config: Path) -> None:
     assert found["control plane"]["text"] == "none is set: a stand-alone agent for local tasks"
 
 
+def test_a_damaged_database_is_a_warning(cli: Cli, config: Path) -> None:
+    """F26: one that was set aside is named until it is moved away, and so is one that is under suspicion."""
+    aside = config.parent / "queue.db.damaged-20260101T000000Z"
+    for path in (aside, aside.with_name(f"{aside.name}-wal")):
+        path.touch()
+    found = checks(cli, config)["database"]
+    assert found["level"] == "warning"
+    assert f"{aside.name} is what there was" in found["text"]
+    aside.unlink()
+    (config.parent / "queue.db.suspect").touch()
+    assert "may be damaged" in checks(cli, config)["database"]["text"]
+
+
 def test_text(config: Path) -> None:
     """For people each finding is a line, and the sum goes to standard error."""
     found = run("doctor", "--config", config)

@@ -55,6 +55,8 @@ CREATE INDEX attempts_of_task ON attempts (task_id, seq);
 CREATE UNIQUE INDEX attempts_one_latest ON attempts (task_id) WHERE is_latest = 1;
 CREATE INDEX attempts_by_state ON attempts (state, is_latest, seq);
 CREATE INDEX attempts_waiting ON attempts (priority, seq) WHERE state IN ('pending', 'assigned');
+-- What retention removes first.
+CREATE INDEX attempts_ended ON attempts (ended_at_ms, seq) WHERE ended_at_ms IS NOT NULL;
 CREATE INDEX attempts_delayed ON attempts (ready_boottime_ns) WHERE ready_boottime_ns > 0;
 -- Promise 2 in one line: at most one attempt of a task has a live process tree.
 CREATE UNIQUE INDEX attempts_one_live ON attempts (task_id) WHERE state IN ('running', 'suspended');

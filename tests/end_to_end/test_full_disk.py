@@ -1,0 +1,132 @@
+"""F24: the state directory's disk is full, at a start or while the agent runs: a small file system of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.end_to_end.agent_process import AgentProcess
+from tests.end_to_end.fleet import fleet
+from tests.end_to_end.gates import Gate
+from tests.waiting import until, until_so
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+
+KINDS = ["admission", "store"]
+"""Who notices first: the look at what is free, or the write that fails."""
+
+
+class SmallDisk:
+    """A file system of 8 MiB, which a file can fill."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._ballast = directory / "ballast"
+
+    def fill(self) -> None:
+        """Leave not a byte."""
+        with self._ballast.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    def empty(self) -> None:
+        """Make room again."""
+        self._ballast.unlink()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    """Mounted, and gone afterwards."""
+    directory = tmp_path / "small"
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(directory)], check=True)
+    yield SmallDisk(directory)
+    subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def settings(disk: SmallDisk, kind: str = "admission") -> dict[str, Any]:
+    """An agent on the small disk."""
+    floors = {"disk_free_gb": 0.001 if kind == "admission" else 0, "inodes_free": 0}
+    return {"agent": {"state_dir": str(disk.directory / "state")}, "admission": floors}
+
+
+async def serves(host: AgentProcess) -> None:
+    """Until this process answers, though it may have had no room to say where."""
+
+    async def answers() -> bool:
+        assert host.is_running, host.log.read_text()[-3000:]
+        with contextlib.suppress(OSError, aiohttp.ClientError):
+            return (await host.call("GET", "/ping"))[0] == 200
+        return False
+
+    await until(answers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "stopped"])
+async def test_f24_a_restart_on_a_full_disk(tmp_path: Path, disk: SmallDisk, kind: str, is_killed: bool) -> None:
+    """F24: it starts, adopts what runs and keeps its lease, refuses more with a reason, and recovers by itself."""
+    gate = Gate(tmp_path / "gate")
+    async with fleet(tmp_path, settings(disk, kind), is_started=False) as all_of_it:
+        host = all_of_it.host
+        host.state_dir = disk.directory / "state"
+        await host.start()
+        [claimed] = await all_of_it.submit({"command": f"echo precious; {gate.wait}"})
+        before = await host.wait_running(claimed)
+        await host.until_shown(f"/tasks/{claimed}/logs", lambda log: log["text"] == "precious\n")
+        if is_killed:
+            await host.kill()
+        else:
+            await host.stop()
+        disk.fill()
+        await host.start(until_ready=False)
+        await serves(host)
+        assert (await host.get(f"/tasks/{claimed}"))["process_id"] == before["process_id"]
+        status, body = await host.call("POST", "/tasks", data='{"task": {"id": "late", "command": "true"}}')
+        assert status == 503, body
+        assert ("of the state directory's disk are free" if kind == "admission" else "full") in body["message"]
+        gate.open()
+        await until_so(lambda: not Path(f"/proc/{before['process_id']}").exists())
+        assert (await host.get(f"/tasks/{claimed}"))["state"] == "running"  # its end has no room yet
+        disk.empty()
+        [task] = await all_of_it.ended([claimed])
+        assert (task["status"], task["result"]["stdout"]) == ("completed", "precious\n")
+
+        async def is_taken() -> bool:
+            return (await host.call("POST", "/tasks", data='{"task": {"id": "late", "command": "true"}}'))[0] == 200
+
+        await until(is_taken)
+        assert (await host.wait_for("late"))["state"] == "completed"
+        await until_so((host.state_dir / "endpoints.json").exists)
+        await host.wait_ready()
+
+
+async def test_f24_a_disk_that_fills_up_while_the_agent_runs(tmp_path: Path, disk: SmallDisk) -> None:
+    """F24: what runs goes on, nothing is claimed and the plane is told why; with room everything goes on."""
+    gate = Gate(tmp_path / "gate")
+    async with fleet(tmp_path, settings(disk), is_started=False) as all_of_it:
+        host = all_of_it.host
+        host.state_dir = disk.directory / "state"
+        await host.start()
+        [running] = await all_of_it.submit({"command": f"{gate.wait}; exit 5"})
+        await host.wait_running(running)
+        disk.fill()
+
+        async def is_told() -> bool:
+            return any(
+                "MiB of the state directory's disk" in why for why in (await host.get("/queue/status"))["reasons"]
+            )
+
+        await until(is_told)
+        [waiting] = await all_of_it.submit({"command": "true"})
+        gate.open()
+        disk.empty()
+        [first, second] = await all_of_it.ended([running, waiting])
+        assert (first["result"]["exit_code"], second["status"]) == (5, "completed")
