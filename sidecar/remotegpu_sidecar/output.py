@@ -60,7 +60,7 @@ class OutputWriter:
         self._dir_fd = dir_fd
         self._segments_max = segments_max
         self._segment_bytes = max(limit_bytes // segments_max, 1)
-        self._can_splice = True
+        self.can_splice = True
         self._streams = [_Stream(name) for name in STREAMS]
         self._retry_at_s = 0.0
         self.dropped_bytes = 0
@@ -73,12 +73,12 @@ class OutputWriter:
         """Move some of what is in a non-blocking pipe. The bytes moved; 0 at its end, -1 when it is empty."""
         target = self._streams[stream]
         try:
-            if target.fd >= 0 and self._can_splice:
+            if target.fd >= 0 and self.can_splice:
                 count = self._splice(target, fd)
                 if count is not None:
                     return count
             # Also what makes a segment: one without a byte is not to be.
-            data = os.read(fd, _READ_BYTES if self._can_splice else MORE_BYTES)
+            data = os.read(fd, _READ_BYTES if self.can_splice else MORE_BYTES)
         except BlockingIOError:
             return -1
         self.write(stream, memoryview(data))
@@ -92,7 +92,7 @@ class OutputWriter:
         except BlockingIOError:
             raise
         except OSError as error:
-            self._can_splice = error.errno != errno.EINVAL  # not by this file system
+            self.can_splice = error.errno != errno.EINVAL  # not by this file system
             return None
         self._grown(target, count)
         return count

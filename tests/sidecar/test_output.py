@@ -167,7 +167,7 @@ def test_first_and_newest_are_kept_whatever_is_to_be_retained(
         dir_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         stack.callback(os.close, dir_fd)
         writer = OutputWriter(dir_fd, LIMIT, segments)
-        writer._can_splice = can_splice  # as where the file system cannot
+        writer.can_splice = can_splice  # as where the file system cannot
         stack.callback(writer.close)
         pipes = [os.pipe() for _ in ends]
         for fd in itertools.chain(*pipes):
