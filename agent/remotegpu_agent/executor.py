@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,6 +40,7 @@ from remotegpu_schemas.attempt import (
     RunNo,
     RunRecord,
     RunStarted,
+    TaskUser,
 )
 from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.states import Cause, RunState, wire_exit_code
@@ -332,10 +332,9 @@ class Executor:
             await self._books.progress(active.attempt, (percent, message))
             self._on_report()
 
-    def progress_file(self, active: Active) -> tuple[Path, int]:
-        """Where the task writes its progress, and the uid that it must belong to."""
-        user = self._settings.user
-        return progress_path(self._settings.state_dir, active.task_id), user.uid if user is not None else os.geteuid()
+    def progress_file(self, active: Active) -> tuple[Path, TaskUser | None]:
+        """Where the task writes its progress, and the user that it must belong to; None is the agent's own."""
+        return progress_path(self._settings.state_dir, active.task_id), self._settings.user
 
     # --- suspending ---
 

@@ -1,7 +1,7 @@
 """Follows the progress files of running tasks; the last line, `PERCENT MESSAGE`, is the progress.
 
-The file belongs to the task: it is opened without following links and without blocking, read only if it is a regular
-file of the task's user, and only its tail.
+The file belongs to the task: it is opened with the rights of the task's user, without following links and without
+blocking, read only if it is a regular file of that user, and only its tail.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import structlog
 from remotegpu_agent.directory_watch import DirectoryWatcher
 from remotegpu_agent.supervise import Loops
 from remotegpu_schemas import limits
-from remotegpu_schemas.attempt import AttemptId
+from remotegpu_schemas.attempt import AttemptId, TaskUser
 from remotegpu_schemas.errors import Retryable
 from remotegpu_schemas.wire import clean_text
+from remotegpu_sidecar.privileges import rights_of
 
 log = structlog.get_logger(__name__)
 
@@ -46,14 +47,17 @@ def parse_progress(tail: bytes) -> Progress | None:
     return min(max(percent, 0.0), 100.0), message.strip()[: limits.PROGRESS_MESSAGE_MAX_CHARS]
 
 
-def read_progress(path: Path, owner_uid: int) -> Progress | None:
+def read_progress(path: Path, user: TaskUser | None) -> Progress | None:
     """The progress in the file, or None where there is nothing to read: absent, a link, a device, somebody else's.
 
+    `user` is the task's, None the agent's own.
     The last directory and the file are the task's: neither is followed if it is a link, into a file system that never
     answers, say.
     """
+    owner_uid = os.geteuid() if user is None else user.uid
     with contextlib.ExitStack() as stack:
         try:
+            stack.enter_context(rights_of(user))
             folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             stack.callback(os.close, folder)
             fd = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
@@ -78,11 +82,11 @@ class ProgressFollower:
         self._report = report
         self._followed: dict[AttemptId, asyncio.Task[None]] = {}
 
-    def follow(self, attempt_id: AttemptId, path: Path, owner_uid: int) -> None:
+    def follow(self, attempt_id: AttemptId, path: Path, user: TaskUser | None) -> None:
         """Follow the progress file of a run until `forget`."""
         if attempt_id not in self._followed:
             self._followed[attempt_id] = self._loops.spawn(
-                f"progress-{attempt_id}", lambda: self._report_changes(attempt_id, path, owner_uid)
+                f"progress-{attempt_id}", lambda: self._report_changes(attempt_id, path, user)
             )
 
     def forget(self, attempt_id: AttemptId) -> None:
@@ -91,14 +95,16 @@ class ProgressFollower:
         if task is not None:
             task.cancel()
 
-    async def _report_changes(self, attempt_id: AttemptId, path: Path, owner_uid: int) -> None:
+    async def _report_changes(self, attempt_id: AttemptId, path: Path, user: TaskUser | None) -> None:
         # Most tasks are shorter; their last word is read when they end.
         await asyncio.sleep(_REPORT_EVERY_S)
         changed = asyncio.Event()
         last: Progress | None = None
-        with self._watcher.listen(path.parent, changed) as is_told:
+        with contextlib.ExitStack() as stack:
+            with rights_of(user):
+                is_told = stack.enter_context(self._watcher.listen(path.parent, changed))
             while True:
-                progress = read_progress(path, owner_uid)
+                progress = read_progress(path, user)
                 if progress is not None and progress != last:
                     try:
                         await self._report(attempt_id, *progress)

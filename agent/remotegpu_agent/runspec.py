@@ -19,6 +19,7 @@ from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId, RunLimits, RunNo, RunSpec, TaskUser
 from remotegpu_schemas.errors import Code, Misconfigured, Refused
 from remotegpu_schemas.task import Resources, Task, TaskId, TaskType
+from remotegpu_sidecar.privileges import rights_of
 
 DEFAULT_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SCRIPT_NAME: Final = ".remotegpu-script"
@@ -202,12 +203,12 @@ def prepare_work_dir(task: Task, settings: RunSettings) -> None:
 
 
 def _write_script(path: Path, text: str, user: TaskUser | None) -> None:
-    path.unlink(missing_ok=True)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o700)
-    with open(fd, "w", encoding="utf-8", newline="") as file:
-        if user is not None:
-            os.fchown(file.fileno(), user.uid, user.gid)
-        file.write(text)
+    """As its user: what is made belongs to it, and nothing is done there that it could not do itself."""
+    with rights_of(user):
+        path.unlink(missing_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o700)
+        with open(fd, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
 
 
 def _give(path: Path, user: TaskUser | None) -> None:

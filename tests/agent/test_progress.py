@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pwd
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 
@@ -15,12 +14,13 @@ from remotegpu_agent.directory_watch import DirectoryWatcher
 from remotegpu_agent.progress import ProgressFollower, parse_progress, read_progress
 from remotegpu_agent.supervise import Loops
 from remotegpu_queue.store import StoreUnavailable
-from remotegpu_schemas.attempt import AttemptId
+from remotegpu_schemas.attempt import AttemptId, TaskUser
 from tests.agent.support import Told
 from tests.waiting import DEADLINE_S
 
 A = AttemptId("a")
 ME = os.geteuid()
+NOBODY = TaskUser(name="nobody", uid=65534, gid=65534)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_of_a_huge_file_the_tail_is_read(tmp_path: Path) -> None:
         out.truncate(10**12)
         out.seek(0, os.SEEK_END)
         out.write(b"\n77 far out\n")
-    assert read_progress(file, ME) == (77.0, "far out")
+    assert read_progress(file, None) == (77.0, "far out")
 
 
 def test_f52_only_a_regular_file_of_the_tasks_user_is_read(tmp_path: Path) -> None:
@@ -83,21 +83,33 @@ def test_f52_only_a_regular_file_of_the_tasks_user_is_read(tmp_path: Path) -> No
     hard = tmp_path / "hard"
     hard.hardlink_to(secret)
     for path in (link, fifo, device, directory, Path("/dev/zero"), tmp_path / "absent", tmp_path / "folder" / "secret"):
-        assert read_progress(path, ME) is None, path
-    assert read_progress(secret, ME) == (42.0, "hunter2")
-    for path in (secret, hard):
-        assert read_progress(path, ME + 1) is None
+        assert read_progress(path, None) is None, path
+    assert read_progress(secret, None) == (42.0, "hunter2")
 
 
 @pytest.mark.skipif(ME != 0, reason="only root can give files away")
-def test_f52_a_file_of_root_is_not_read_for_a_task_of_a_user(tmp_path: Path) -> None:
-    """F52: measured once: root followed a planted link to a file that only root may read."""
-    nobody = pwd.getpwnam("nobody").pw_uid
-    file = tmp_path / "progress"
+def test_f52_a_file_of_root_is_not_read_for_a_task_of_a_user(open_dir: Path) -> None:
+    """F52: measured once: root followed a planted link to a file that only root may read. Hard links likewise."""
+    file, hard = open_dir / "progress", open_dir / "hard"
     file.write_text("1 x\n")
-    assert read_progress(file, nobody) is None
-    os.chown(file, nobody, -1)
-    assert read_progress(file, nobody) == (1.0, "x")
+    hard.hardlink_to(file)
+    for path in (file, hard):
+        assert read_progress(path, NOBODY) is None
+    os.chown(file, NOBODY.uid, -1)
+    assert read_progress(file, NOBODY) == (1.0, "x")
+
+
+@pytest.mark.skipif(ME != 0, reason="only root can take on another user's rights")
+def test_f52_what_the_tasks_user_may_not_read_is_not_read_for_it(open_dir: Path) -> None:
+    """F52: its own file behind a directory that is closed to it stays unread, whatever root could do."""
+    closed = open_dir / "closed"
+    closed.mkdir(mode=0o700)
+    file = closed / "progress"
+    file.write_text("1 x\n")
+    os.chown(file, NOBODY.uid, NOBODY.gid)
+    assert read_progress(file, NOBODY) is None
+    closed.chmod(0o711)
+    assert read_progress(file, NOBODY) == (1.0, "x")
 
 
 @pytest.fixture
@@ -127,8 +139,8 @@ async def test_changes_are_reported_until_it_is_forgotten(
     """Each new last line once; a line that says the same again is none; nothing after `forget`."""
     told, file = Told(), tmp_path / "progress"
     follower = ProgressFollower(loops, watcher, _report_to(told))
-    follower.follow(A, file, ME)
-    follower.follow(A, file, ME)
+    follower.follow(A, file, None)
+    follower.follow(A, file, None)
     file.write_text("10 a\n")
     await told.wait(1)
     with file.open("a") as out:
@@ -158,8 +170,8 @@ async def test_a_directory_that_cannot_be_watched_is_looked_at(
     real.mkdir()
     (tmp_path / "link").symlink_to(real)
     follower = ProgressFollower(loops, watcher, _report_to(told))
-    follower.follow(A, tmp_path / "link" / "progress", ME)
-    follower.follow(AttemptId("b"), tmp_path / "later" / "progress", ME)
+    follower.follow(A, tmp_path / "link" / "progress", None)
+    follower.follow(AttemptId("b"), tmp_path / "later" / "progress", None)
     (real / "progress").write_text("10 a\n")
     (tmp_path / "later").mkdir()
     (tmp_path / "later" / "progress").write_text("20 b\n")
@@ -181,7 +193,7 @@ async def test_f24_a_full_disk_does_not_end_the_following(
 
     file = tmp_path / "progress"
     file.write_text("10 a\n")
-    ProgressFollower(loops, watcher, report).follow(A, file, ME)
+    ProgressFollower(loops, watcher, report).follow(A, file, None)
     assert await told.wait(1) == [10.0]
 
 

@@ -162,11 +162,11 @@ def test_the_directory_is_made_once_and_kept(tmp_path: Path, umask: int) -> None
 
 
 @needs_root
-def test_all_of_it_belongs_to_the_tasks_user(tmp_path: Path) -> None:
+def test_all_of_it_belongs_to_the_tasks_user(open_dir: Path) -> None:
     """The directory, its folders, the script; the parent stays the agent's."""
-    task, settings = make(script="true"), run_settings(tmp_path, user=NOBODY)
+    task, settings = make(script="true"), run_settings(open_dir, user=NOBODY)
     prepare_work_dir(task, settings)
-    directory = work_dir(tmp_path, task.task_id)
+    directory = work_dir(open_dir, task.task_id)
     for path in (directory, *directory.iterdir()):
         assert (path.stat().st_uid, path.stat().st_gid) == (65534, 65534), path
     assert directory.parent.stat().st_uid == 0
@@ -184,12 +184,12 @@ def test_what_a_crash_left_half_done_is_mended(tmp_path: Path) -> None:
 
 
 @needs_root
-def test_f52_planted_links_are_not_followed(tmp_path: Path) -> None:
+def test_f52_planted_links_are_not_followed(open_dir: Path) -> None:
     """F52: once the directory is the task's, nothing in it is made, changed or given away through a link."""
-    task, settings = make(script="true"), run_settings(tmp_path, user=NOBODY)
+    task, settings = make(script="true"), run_settings(open_dir, user=NOBODY)
     prepare_work_dir(task, settings)
-    directory = work_dir(tmp_path, task.task_id)
-    victim, victims = tmp_path / "victim", tmp_path / "victims"
+    directory = work_dir(open_dir, task.task_id)
+    victim, victims = open_dir / "victim", open_dir / "victims"
     victim.write_text("precious")
     victims.mkdir()
     (directory / SCRIPT_NAME).unlink()
