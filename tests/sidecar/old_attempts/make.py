@@ -1,6 +1,6 @@
-"""Makes the attempt directories of this release, which every later one must load: `python -m tests.sidecar.old_attempts.make`.
+"""Makes the attempt directories of this release, which every later one must load.
 
-Run it once, when a release is made; what it has written under the release's number is checked in and never made again.
+`python -m tests.sidecar.old_attempts.make`: run it once, when a release is made; what it has written under the release's number is checked in and never made again.
 `expected.json` beside them is what the release's own launcher said of each. Boot ids become one that no host has.
 """
 
@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -68,7 +68,7 @@ async def make(attempts: Path) -> None:
         await _until(lambda: "suspended" in _lines(paused.directory))
         paused.resume()
         await _end_of(paused)
-        await _abandoned(launcher)
+        await _abandoned(launcher, attempts)
         open_run = await launcher.launch(spec("open", "echo begun; sleep 600"), boottime_ns() + 600 * S)
         await open_run.wait_started()
         await _until(lambda: bool(read_output(open_run.directory, "stdout", 0, 10)[1]))
@@ -100,14 +100,14 @@ async def _end_of(run: Run) -> None:
     run.close()
 
 
-async def _abandoned(launcher: Launcher) -> None:
+async def _abandoned(launcher: Launcher, attempts: Path) -> None:
     async def refuse(_shim: object) -> str | None:
         raise OSError(1, "no place")
 
     try:
         await launcher.launch(spec("abandoned", "true"), place=refuse)
     except LaunchError:
-        await _until(lambda: "ended" in _lines(launcher._attempts_dir / "abandoned.1"))
+        await _until(lambda: "ended" in _lines(attempts / "abandoned.1"))
 
 
 def _lines(directory: Path) -> dict[str, dict[str, object]]:
@@ -121,7 +121,7 @@ async def _until(fact: Any) -> None:
 
 
 @asynccontextmanager
-async def _launcher(attempts: Path) -> AsyncIterator[Launcher]:
+async def _launcher(attempts: Path) -> AsyncGenerator[Launcher]:
     launcher = Launcher(attempts)
     await launcher.start()
     yield launcher
