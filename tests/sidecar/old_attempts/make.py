@@ -1,7 +1,8 @@
 """Makes the attempt directories of this release, which every later one must load.
 
-`python -m tests.sidecar.old_attempts.make`: run it once, when a release is made; what it has written under the release's number is checked in and never made again.
-`expected.json` beside them is what the release's own launcher said of each. Boot ids become one that no host has.
+Run `python -m tests.sidecar.old_attempts.make` once, when a release is made; what it has written under the release's
+number is checked in and never made again. `expected.json` beside them is what the release's own reader found in each.
+Boot ids become one that no host has.
 """
 
 from __future__ import annotations
