@@ -18,6 +18,7 @@ from remotegpu_agent.config_values import (
     AbsolutePath,
     AutoAmount,
     AutoCount,
+    CpuList,
     Environment,
     Id,
     Listen,
@@ -105,13 +106,21 @@ class CapacitySection(Form):
 
 
 class TasksSection(Form):
-    """`tasks:`; durations are seconds, `default_timeout` 0 is none, `run_as` None is the agent's own user."""
+    """`tasks:`; durations are seconds, `default_timeout` 0 is none, `run_as` None is the agent's own user.
+
+    Weights are those of systemd.resource-control(5), 100 being usual; `allowed_cpus` is a list such as `0-3,8`. Each
+    run gets them where its placement can enforce them; None leaves them as they are.
+    """
 
     default_timeout: Duration = 0.0
     grace_period: Duration = 30.0
     run_as: UserName = None
     placement: Annotated[PlacementKind, Field(strict=False)] = PlacementKind.AUTO
     env: Environment = Field(default={})
+    cpu_weight: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    io_weight: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    allowed_cpus: CpuList = None
+    processes_max: Annotated[int, Field(ge=1, le=limits.PID_MAX)] = limits.TASK_PROCESSES_MAX
 
 
 class AdmissionSection(Form):

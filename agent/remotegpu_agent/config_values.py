@@ -116,6 +116,19 @@ def _user(value: str | None) -> str | None:
     return value
 
 
+def _cpu_list(value: str | None) -> str | None:
+    if value is None:
+        return None
+    how = "must be a list of CPUs such as 0-3,8"
+    for part in value.split(","):
+        first, dash, last = part.partition("-")
+        if not all(re.fullmatch(r"[0-9]{1,4}", number, re.ASCII) for number in ([first, last] if dash else [first])):
+            raise ValueError(f"{how}, not {value[:60]!r}")
+        if dash and int(first) > int(last):
+            raise ValueError(f"{how}: {part} ends before it begins")
+    return value
+
+
 def _positive(value: float) -> float:
     if value <= 0:
         raise ValueError("must be more than 0")
@@ -142,6 +155,8 @@ AutoCount = Annotated[int | None, BeforeValidator(_auto_count)]
 """A whole number, or None for `auto`."""
 AutoAmount = Annotated[float | None, BeforeValidator(_auto_amount)]
 """A number above zero, or None for `auto`."""
+CpuList = Annotated[str | None, BeforeValidator(scalar_text), AfterValidator(_cpu_list)]
+"""Numbers and ranges of CPUs (the list format of cpuset(7))."""
 Span = Annotated[Duration, AfterValidator(_positive)]
 """A duration that cannot be nothing."""
 Environment = Annotated[dict[EnvironmentName, Text], Field(max_length=limits.ENVIRONMENT_MAX_COUNT)]

@@ -277,6 +277,10 @@ class Agent:
             user=user,
             env=config.tasks.env,
             api_socket=config.api.socket,
+            cpu_weight=config.tasks.cpu_weight,
+            io_weight=config.tasks.io_weight,
+            allowed_cpus=config.tasks.allowed_cpus,
+            processes_max=config.tasks.processes_max,
         )
         return Executor(
             self._books,

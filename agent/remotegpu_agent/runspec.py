@@ -44,6 +44,10 @@ class RunSettings:
     user: TaskUser | None
     env: Mapping[str, str]
     api_socket: Path | None = None
+    cpu_weight: int | None = None
+    io_weight: int | None = None
+    allowed_cpus: str | None = None
+    processes_max: int = limits.TASK_PROCESSES_MAX
 
 
 def refusal(task: Task) -> str | None:
@@ -103,18 +107,21 @@ def build_run_spec(
         lease_warn_s=lease_warn_s,
         output_limit_bytes=settings.output_limit_bytes,
         output_segments=settings.output_segments,
-        run_limits=_run_limits(task.resources),
+        run_limits=_run_limits(task.resources, settings),
     )
 
 
-def _run_limits(resources: Resources) -> RunLimits:
+def _run_limits(resources: Resources, settings: RunSettings) -> RunLimits:
     """What was asked for is what there is: more would be taken from tasks that asked for theirs."""
     has_memory = resources.memory_mb > 0
     return RunLimits(
         memory_bytes=resources.memory_mb * limits.MIB if has_memory else None,
         swap_bytes=0 if has_memory else None,
         cpus=resources.cpus or None,
-        tasks_max=limits.TASK_PROCESSES_MAX,
+        cpu_weight=settings.cpu_weight,
+        io_weight=settings.io_weight,
+        allowed_cpus=settings.allowed_cpus,
+        tasks_max=settings.processes_max,
     )
 
 

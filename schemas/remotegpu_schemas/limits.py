@@ -92,6 +92,8 @@ REPORTS_IN_FLIGHT_MAX = 16
 TASK_PROCESSES_MAX = 16_384
 """Processes and threads of one run: a fork bomb stops here, far below a host's pid_max (32,768 at least, as a rule
 4,194,304), while a training with data loaders on 256 processors, a few threads each, stays below it."""
+PID_MAX = 4_194_304
+"""The most that Linux gives out on 64 bits (proc(5), pid_max)."""
 RUNS_STARTING_MAX = 8
 """Launches under way at once: each is a handshake of milliseconds, and more of them only wait for the same cores."""
 REMAINS_PATIENCE_S = 10.0

@@ -25,7 +25,7 @@ from remotegpu_agent.runspec import (
 )
 from remotegpu_schemas.attempt import AttemptId, RunNo, RunSpec, TaskUser
 from remotegpu_schemas.errors import Code, Misconfigured, Refused
-from remotegpu_schemas.task import Task, TaskType
+from remotegpu_schemas.task import Resources, Task, TaskType
 from tests.agent.support import run_settings
 
 NOBODY = TaskUser(name="nobody", uid=65534, gid=65534, home="/nonexistent")
@@ -221,3 +221,12 @@ def test_a_script_is_written_as_it_is(tmp_path: Path) -> None:
     text = "#!/bin/sh\r\necho 'grün €'\n"
     prepare_work_dir(make(script=text), run_settings(tmp_path))
     assert (work_dir(tmp_path, make().task_id) / SCRIPT_NAME).read_bytes() == text.encode()
+
+
+def test_what_the_host_sets_for_every_run_is_in_its_limits(tmp_path: Path) -> None:
+    """Weights, CPUs and processes of the config, beside what the task asks for."""
+    settings = run_settings(tmp_path, cpu_weight=50, io_weight=200, allowed_cpus="0-1", processes_max=64)
+    task = make(resources=Resources(cpus=2, memory_gb=1))
+    found = build_run_spec(task, AttemptId("a"), RunNo(1), settings, lease_ttl_s=None).run_limits
+    assert (found.cpu_weight, found.io_weight, found.allowed_cpus, found.tasks_max) == (50, 200, "0-1", 64)
+    assert (found.cpus, found.memory_bytes, found.swap_bytes) == (2, 1 << 30, 0)
