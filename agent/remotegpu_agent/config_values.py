@@ -20,6 +20,8 @@ from remotegpu_schemas.task import EnvironmentName
 IpNetwork: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 _UNIX_PATH_MAX_BYTES: Final = 107
 """sun_path of unix(7), without its final NUL."""
+_CPUS_MAX: Final = 8192
+"""The most that Linux can be built for (NR_CPUS)."""
 
 
 def _absolute_path(value: object) -> object:
@@ -126,6 +128,8 @@ def _cpu_list(value: str | None) -> str | None:
             raise ValueError(f"{how}, not {value[:60]!r}")
         if dash and int(first) > int(last):
             raise ValueError(f"{how}: {part} ends before it begins")
+        if int(last or first) >= _CPUS_MAX:
+            raise ValueError(f"{how}, with numbers below {_CPUS_MAX}, not {part}")
     return value
 
 

@@ -168,6 +168,22 @@ def test_values() -> None:
     assert config.control_plane.url == "https://plane.example:8443"
 
 
+@pytest.mark.parametrize("text", ["0-3,8", "5", "0", "8191", "2-2", "0-8191"])
+def test_lists_of_cpus(text: str) -> None:
+    """A list of CPUs stays as it is written, also where it looks like a number."""
+    assert read(f"tasks: {{allowed_cpus: '{text}'}}").config.tasks.allowed_cpus == text
+    assert read("", sets=[f"tasks.allowed_cpus={text}"]).config.tasks.allowed_cpus == text
+
+
+def test_what_every_run_gets() -> None:
+    """The bounds of weights and processes are values; null leaves a weight as it is."""
+    tasks = read("tasks: {cpu_weight: 1, io_weight: 10000, processes_max: 4194304}").config.tasks
+    assert (tasks.cpu_weight, tasks.io_weight, tasks.processes_max) == (1, 10_000, 4_194_304)
+    tasks = read("tasks: {cpu_weight: null, io_weight: null, allowed_cpus: null}").config.tasks
+    assert (tasks.cpu_weight, tasks.io_weight, tasks.allowed_cpus) == (None, None, None)
+    assert tasks.processes_max == limits.TASK_PROCESSES_MAX
+
+
 # --- order and origin ----------------------------------------------------------------------------------------------
 
 
@@ -310,6 +326,9 @@ def test_duplicate_sections() -> None:
         ("tasks: {allowed_cpus: all}", "'tasks.allowed_cpus' must be a list of CPUs such as 0-3,8, not 'all'"),
         ("tasks: {allowed_cpus: '3-1'}", "'tasks.allowed_cpus' must be a list of CPUs such as 0-3,8: 3-1 ends before"),
         ("tasks: {allowed_cpus: '0,'}", "'tasks.allowed_cpus' must be a list of CPUs such as 0-3,8, not '0,'"),
+        ("tasks: {allowed_cpus: 8192}", "must be a list of CPUs such as 0-3,8, with numbers below 8192, not 8192"),
+        ("tasks: {allowed_cpus: '0,7-9999'}", "with numbers below 8192, not 7-9999"),
+        ("tasks: {processes_max: 4194305}", "'tasks.processes_max' must be at most 4194304, not 4194305"),
         ("output: {retain: 0}", "'output.retain' must be at least 1, not 0"),
         ("output: {retain: 100}", "'output.retain' must be at most 99, not 100"),
         ("output: {retain: 7d}", "'output.retain' must be a whole number, not the text '7d'"),
