@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from remotegpu_agent.cli.arguments import Argument, Option
-from remotegpu_agent.cli.client import Client
+from remotegpu_agent.cli.asking import View, call_each
 from remotegpu_agent.cli.context import Globals, say
-from remotegpu_agent.cli.exits import Exit, RefusedByAgent, Stop
+from remotegpu_agent.cli.exits import Exit, Stop
 from remotegpu_schemas import limits
+
+if TYPE_CHECKING:
+    from remotegpu_agent.cli.client import Client
 
 _Numbers = Annotated[list[str], Argument(metavar="NUMBER...", text="Dead letters, by the number that list shows.")]
 
@@ -70,24 +73,11 @@ def drop(options: Globals, numbers: _Numbers) -> int:
     return _each(options, numbers, lambda client, path: client.delete(path), "is dropped")
 
 
-def _each(options: Globals, numbers: list[str], ask: Callable[[Client, str], dict[str, Any]], word: str) -> int:
-    from remotegpu_agent.cli import output
+def _each(options: Globals, numbers: list[str], call: Callable[[Client, str], View], word: str) -> int:
+    def sentence(letter: View) -> str:
+        return f"dead letter {letter.get('id')} ({letter.get('kind')} of task {letter.get('task_id')}) {word}"
 
-    paths = [_path(number) for number in numbers]
-    client, done, code = options.client(), [], Exit.DONE
-    for number, path in zip(numbers, paths, strict=True):
-        try:
-            letter = ask(client, path)
-        except RefusedByAgent as refusal:
-            code = code or refusal.code
-            say(f"remotegpu-agent: {number}: {refusal}")
-            continue
-        done.append(letter)
-        if not options.is_json:
-            print(f"dead letter {number} ({letter.get('kind')} of task {letter.get('task_id')}) {word}", flush=True)
-    if options.is_json:
-        output.print_json({"dead_letters": done})
-    return code
+    return call_each(options, [(number, _path(number)) for number in numbers], call, "dead_letters", sentence)
 
 
 def _path(number: str) -> str:
