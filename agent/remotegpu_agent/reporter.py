@@ -104,6 +104,8 @@ class Reporter:
         self._on_refused = on_refused
         self._changed = asyncio.Event()
         self._in_flight: set[AttemptId] = set()
+        self._settled: set[AttemptId] = set()
+        """Those whose delivery has ended since the outbox was last asked: what it says of them may be older."""
         self._missing_routes: set[str] = set()
         self._failures = 0
 
@@ -132,11 +134,12 @@ class Reporter:
         if free <= 0:
             return None
         now_ns, look = self._clock.boottime_ns(), limits.REPORTS_IN_FLIGHT_MAX
+        self._settled.clear()
         due, next_due_ns = await self._store.read(lambda db: outbox.due_reports(db, now_ns, look))
         for report in due:
             if len(self._in_flight) >= limits.REPORTS_IN_FLIGHT_MAX:
                 break
-            if report.attempt_id not in self._in_flight:
+            if report.attempt_id not in self._in_flight | self._settled:
                 self._in_flight.add(report.attempt_id)
                 self._loops.spawn(f"report-{report.id}", partial(self._deliver, report))
         return next_due_ns
@@ -159,6 +162,7 @@ class Reporter:
             self._failures = 0
         finally:
             self._in_flight.discard(report.attempt_id)
+            self._settled.add(report.attempt_id)
             self._changed.set()
 
     async def _pause_after_failure(self) -> None:

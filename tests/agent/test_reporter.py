@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import sqlite3
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -338,3 +338,42 @@ async def test_contact_that_is_back_is_used_at_once(delivery: Delivery) -> None:
     assert report.attempt_id == "now"
     await asyncio.sleep(0)
     assert await delivery.row("late") is not None
+
+
+async def test_what_was_settled_while_the_outbox_was_read_is_not_sent_again(
+    delivery: Delivery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at the outbox from before an answer still shows the report as due: it is not taken at its word."""
+    [task_id] = await delivery.contact.operator.submit()
+    await delivery.contact.register()
+    attempt_id = (await delivery.contact.claim_one()).attempt_id
+    hold, has_read, may_go_on, read = Hold(), asyncio.Event(), asyncio.Event(), delivery.store.read
+    delivery.contact.plane.faults.order("complete", hold)
+    names = {"agent_id": "agent-1", "attempt_id": attempt_id}
+
+    def unit(db: sqlite3.Connection) -> None:
+        start: dict[str, Any] = {"process_id": 42, "run_no": 1}
+        outbox.add_report(db, attempt_id, "start", names | start, 1000, "boot", TaskId(task_id))
+        outbox.add_report(db, attempt_id, "complete", names | RESULT, 1000, "boot", TaskId(task_id))
+
+    await delivery.store.write(unit)
+    delivery.reporter.changed()
+    async with asyncio.timeout(DEADLINE_S):
+        await hold.reached.wait()
+
+    async def read_slowly(query: Callable[[sqlite3.Connection], Any]) -> Any:
+        found = await read(query)
+        has_read.set()
+        await may_go_on.wait()
+        return found
+
+    monkeypatch.setattr(delivery.store, "read", read_slowly)
+    delivery.reporter.changed()
+    async with asyncio.timeout(DEADLINE_S):
+        await has_read.wait()
+    hold.release.set()
+    assert [report.kind for report in await delivery.delivered.wait(2)] == ["start", "complete"]
+    may_go_on.set()
+    await delivery.add("other", "start")
+    await delivery.calls("start", 2)
+    assert delivery.contact.plane.faults.calls["complete"] == 1
