@@ -6,7 +6,7 @@ import asyncio
 import os
 import sqlite3
 import subprocess
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import aiohttp
@@ -89,7 +89,12 @@ async def test_finished_tasks_go_with_their_directories(tmp_path: Path) -> None:
 
 
 def _has_open(pid: int, path: Path) -> bool:
-    return any(os.path.realpath(link) == str(path) for link in Path(f"/proc/{pid}/fd").iterdir())
+    """Whether process `pid` has `path` open; the process goes on meanwhile, so a listed descriptor may be gone."""
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            if os.readlink(link) == str(path):
+                return True
+    return False
 
 
 def _is_empty(path: Path, table: str) -> bool:
