@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 CREDENTIAL_NAME: Final = "control-plane-token"
 """The systemd credential that stands in for `control_plane.token_file` (systemd.exec(5), LoadCredential=)."""
 _CA_MEND: Final = "name the PEM file of who signed the control plane's certificate"
+_ONLINE_CPUS: Final = Path("/sys/devices/system/cpu/online")
 NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 TOKEN_MAX_BYTES: Final = 8192
 """Servers refuse header lines above 8 KiB."""
@@ -50,6 +51,8 @@ def check_files(config: Config, environ: Mapping[str, str] = os.environ) -> list
         problems.append(_tokens_file_problem(config.api.tokens_file))
     if config.api.socket is not None:
         problems.append(_socket_problem(config.api.socket))
+    if config.tasks.allowed_cpus is not None:
+        problems.append(_cpus_problem(config.tasks.allowed_cpus))
     if config.tasks.run_as is not None:
         problems.append(_user_problem(config.tasks.run_as))
     return [problem for problem in problems if problem is not None]
@@ -198,6 +201,24 @@ def _nearest_existing(path: Path) -> tuple[Path, int]:
         with contextlib.suppress(FileNotFoundError):
             return candidate, candidate.stat().st_mode
     raise FileNotFoundError(path)
+
+
+def _cpus_problem(allowed: str) -> str | None:
+    """A task that may use none of this host's CPUs would be refused by the kernel, or use all of them."""
+    online = _cpus_of(_ONLINE_CPUS.read_text())
+    missing = sorted(_cpus_of(allowed) - online)
+    if not missing:
+        return None
+    return f"tasks.allowed_cpus: this host has no CPU {missing[0]}; it has {_ONLINE_CPUS.read_text().strip()}"
+
+
+def _cpus_of(text: str) -> set[int]:
+    """The numbers of a list of CPUs (the list format of cpuset(7))."""
+    cpus: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return cpus
 
 
 def _user_problem(name: str) -> str | None:
