@@ -32,9 +32,12 @@ YAML_MAX_NODES = 100_000
 YAML_MAX_ALIASES = 64
 CONFIG_MAX_BYTES = MIB
 
-# Control plane: a claim answer holds at most CLAIM_MAX_TASKS tasks, each with a script and an environment.
+# Control plane: a claim answer holds at most CLAIM_MAX_TASKS tasks, each with a script and an environment. The largest
+# other one is a heartbeat's with HEARTBEAT_CANCELLED_MAX pairs of ids; some thirty may be read at once. Both bounds
+# hold for an answer as it comes and as it is once decompressed.
 CLAIM_MAX_TASKS = 64
-WIRE_ANSWER_MAX_BYTES = 32 * MIB
+WIRE_CLAIM_ANSWER_MAX_BYTES = 32 * MIB
+WIRE_ANSWER_MAX_BYTES = 4 * MIB
 WIRE_MESSAGE_MAX_CHARS = 2000
 PROGRESS_MESSAGE_MAX_CHARS = 500
 INLINE_OUTPUT_MAX_BYTES = 64 * KIB
