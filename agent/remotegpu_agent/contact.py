@@ -121,7 +121,7 @@ def _failure(error: Exception, peer: Peer, *, had_contact: bool) -> tuple[Proble
     if isinstance(error, aiohttp.ClientResponseError):
         what = " ".join(error.message.split())[:200]
         return Problem.BAD_ANSWER, f"{peer.place} does not answer in HTTP as it should: {what}"
-    if isinstance(error, aiohttp.ServerDisconnectedError | ConnectionError):
+    if isinstance(error, aiohttp.ClientConnectionError | ConnectionError):
         return Problem.UNREACHABLE, _closed(peer, had_contact=had_contact)
     return Problem.UNREACHABLE, f"{type(error).__name__}: {error}"
 
@@ -138,10 +138,9 @@ def _closed(peer: Peer, *, had_contact: bool) -> str:
 def _ssl_error(error: BaseException) -> ssl.SSLError | None:
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, ssl.SSLError):
-            return found
-        inner = getattr(found, "os_error", None) or getattr(found, "certificate_error", None)
-        if isinstance(inner, ssl.SSLError):
+        # aiohttp's own are called SSLError as well, but have nothing of one; what they wrap has.
+        inner = getattr(found, "certificate_error", None) or getattr(found, "os_error", None) or found
+        if isinstance(inner, ssl.SSLError) and not isinstance(inner, aiohttp.ClientError):
             return inner
         found = found.__cause__
     return None

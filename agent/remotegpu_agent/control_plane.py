@@ -79,11 +79,6 @@ class ControlPlane:
         files = tls or TlsFiles()
         self._peer = Peer(url, proxy, files.client_cert_file is not None)
         self._context = RenewedContext(files)
-        self._proxy_auth = (
-            aiohttp.BasicAuth(proxy.user, proxy.password, encoding="utf-8")
-            if proxy is not None and proxy.user is not None
-            else None
-        )
         self._on_reconnect = on_reconnect
         self._token = ""
         self._session: aiohttp.ClientSession | None = None
@@ -176,14 +171,18 @@ class ControlPlane:
         if self._session is None:
             raise RuntimeError("the client is not open")
         peer = self._peer
+        headers = {"X-Agent-Token": self._token, "Authorization": f"Bearer {self._token}"} if self._token else {}
+        to_proxy = peer.proxy.authorization if peer.proxy is not None else {}
+        if not peer.is_tls:
+            headers |= to_proxy  # there is no tunnel: the request itself is the proxy's
         async with self._session.post(
             self._url + path,
             json=body,
-            headers={"X-Agent-Token": self._token, "Authorization": f"Bearer {self._token}"} if self._token else {},
+            headers=headers,
             allow_redirects=False,
             ssl=self._context.current() if peer.is_tls else True,
             proxy=peer.proxy.url if peer.proxy is not None else None,
-            proxy_auth=self._proxy_auth,
+            proxy_headers=to_proxy or None,
         ) as response:
             if response.status == 407 and peer.proxy is not None:
                 text = proxy_refusal(response.status, response.reason or "", peer)

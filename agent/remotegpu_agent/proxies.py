@@ -5,6 +5,7 @@ A proxy's user and password are told to the proxy alone: no message, log or `rep
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import re
 import urllib.parse
@@ -27,6 +28,14 @@ class Proxy:
     """Host and port, for people."""
     user: str | None = None
     password: str = field(default="", repr=False)
+
+    @property
+    def authorization(self) -> dict[str, str]:
+        """The header that gives user and password to the proxy (RFC 7617, in UTF-8); empty if it asks for none."""
+        if self.user is None:
+            return {}
+        pair = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
+        return {"Proxy-Authorization": f"Basic {pair}"}
 
 
 def proxy_for(url: str, environ: Mapping[str, str]) -> Proxy | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import ctypes
 import enum
@@ -360,18 +359,10 @@ def _open(
     )
     if proxy is None:
         return connection, "", {}
-    authorization = _proxy_authorization(proxy)
     if is_tls:
-        connection.set_tunnel(parts.hostname or "", parts.port, headers=authorization)
+        connection.set_tunnel(parts.hostname or "", parts.port, headers=proxy.authorization)
         return connection, "", {}
-    return connection, f"http://{parts.netloc}", authorization
-
-
-def _proxy_authorization(proxy: Proxy) -> dict[str, str]:
-    if proxy.user is None:
-        return {}
-    pair = base64.b64encode(f"{proxy.user}:{proxy.password}".encode()).decode()
-    return {"Proxy-Authorization": f"Basic {pair}"}
+    return connection, f"http://{parts.netloc}", proxy.authorization
 
 
 def _envelope_code(body: bytes) -> int | None:
