@@ -150,6 +150,8 @@ class ControlPlane:
         if reply.verdict is Verdict.UNAUTHORIZED and self._has_other_token(token):
             reply = await self._try(path, body, whole_s, answer_max_bytes)
             self._note(reply)
+        if reply.answer.has_odd_data:
+            log.warning("the data of an answer is no object and counts as not given", path=path)
         return reply
 
     async def _try(self, path: str, body: JsonObject, timeout_s: float, answer_max_bytes: int) -> Reply:
