@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import ssl
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import trustme
 Respond: TypeAlias = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 HOST: Final = "127.0.0.1"
 _PIECE_BYTES: Final = 65536
+_DRIP_S: Final = 0.05
 _HEAD_MAX_BYTES: Final = 1 << 20
 
 
@@ -94,6 +96,58 @@ def saying(*pieces: bytes) -> Respond:
         for piece in pieces:
             writer.write(piece)
             await writer.drain()
+
+    return respond
+
+
+@dataclass
+class Front:
+    """Stands before a plane on `port`, a request per connection, and plays what is ordered instead of some answers.
+
+    Calls are named by the end of their path: register, heartbeat, claim, start, renew, progress, complete. `seen` has
+    each call with the time (monotonic, s) at which it came.
+    """
+
+    port: int
+    ordered: dict[str, list[Respond]] = field(default_factory=dict)
+    lasting: dict[str, Respond] = field(default_factory=dict)
+    seen: list[tuple[str, float]] = field(default_factory=list)
+
+    async def respond(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection."""
+        request = await read_request(reader)
+        call = request.partition(b"\r\n")[0].split(b" ")[1].rpartition(b"/")[2].decode()
+        self.seen.append((call, time.monotonic()))
+        row = self.ordered.get(call)
+        odd = row.pop(0) if row else self.lasting.get(call)
+        if odd is not None:
+            await odd(_having(request), writer)
+            return
+        far_reader, far_writer = await asyncio.open_connection(HOST, self.port)
+        try:
+            far_writer.write(request.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+            await _relay((reader, writer), (far_reader, far_writer))
+        finally:
+            far_writer.transport.abort()
+
+
+def _having(request: bytes) -> asyncio.StreamReader:
+    """A reader that has this request and nothing more."""
+    reader = asyncio.StreamReader(limit=_HEAD_MAX_BYTES)
+    reader.feed_data(request)
+    return reader
+
+
+def dripping(head: bytes, drop: bytes = b" ") -> Respond:
+    """The beginning of an answer, then a byte now and then, as long as somebody listens."""
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(head)
+        while not writer.is_closing():
+            writer.write(drop)
+            await writer.drain()
+            await asyncio.sleep(_DRIP_S)
 
     return respond
 
