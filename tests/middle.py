@@ -161,6 +161,12 @@ class Proxy:
     refusal: bytes | None = None
     asked: list[str] = field(default_factory=list)
     heads: list[bytes] = field(default_factory=list)
+    _open: set[asyncio.StreamWriter] = field(default_factory=set)
+
+    def cut(self) -> None:
+        """End every connection that goes through it now."""
+        for writer in self._open:
+            writer.transport.abort()
 
     async def respond(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection."""
@@ -184,6 +190,7 @@ class Proxy:
             return
         far = await asyncio.open_connection(HOST, self.routes[place])
         try:
+            self._open.add(near[1])
             if method == "CONNECT":
                 near[1].write(b"HTTP/1.1 200 Connection established\r\n\r\n")
             else:
@@ -191,6 +198,7 @@ class Proxy:
                 far[1].write(head.replace(target.encode(), path.encode(), 1))
             await _relay(near, far)
         finally:
+            self._open.discard(near[1])
             far[1].transport.abort()
 
     def _may(self, head: bytes) -> bool:

@@ -127,12 +127,16 @@ class AgentProcess:
 
     # --- its API, over the Unix socket ---
 
-    async def call(self, method: str, path: str, **arguments: Any) -> tuple[int, dict[str, Any]]:
-        """HTTP status and body."""
+    def session(self) -> aiohttp.ClientSession:
+        """A session over the socket, for calls that give no envelope."""
         if self._session is None:
             connector = aiohttp.UnixConnector(str(self.socket), force_close=True)
             self._session = aiohttp.ClientSession(connector=connector)
-        async with self._session.request(method, f"http://localhost/api/v1{path}", **arguments) as answer:
+        return self._session
+
+    async def call(self, method: str, path: str, **arguments: Any) -> tuple[int, dict[str, Any]]:
+        """HTTP status and body."""
+        async with self.session().request(method, f"http://localhost/api/v1{path}", **arguments) as answer:
             return answer.status, await answer.json()
 
     async def get(self, path: str) -> Any:
