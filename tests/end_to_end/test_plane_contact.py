@@ -93,21 +93,21 @@ async def test_f17_a_refused_token_is_seen_everywhere_and_heals_by_its_file(tmp_
 
 
 async def test_f17_reports_that_are_refused_are_tried_slowly(tmp_path: Path) -> None:
-    """F17: while a token is refused, the results of 6 tasks are kept and cost a few calls each in two seconds."""
+    """F17: while a token is refused, the results of 4 tasks are kept and cost a few calls each in two seconds."""
     gate = Gate(tmp_path / "gate")
-    async with fleet(tmp_path, {**FAST, "capacity": {"max_concurrent": 6}}) as all_of_it:
+    async with fleet(tmp_path, FAST) as all_of_it:
         host, faults = all_of_it.host, all_of_it.plane.faults
         faults.order_always("complete", Respond(401))
-        task_ids = await all_of_it.submit(*[{"command": gate.wait}] * 6)
+        task_ids = await all_of_it.submit(*[{"command": gate.wait}] * 4)
         for task_id in task_ids:
             await host.wait_running(task_id)
         gate.open()
-        await faults.wait_calls("complete", 6, DEADLINE_S)
+        await faults.wait_calls("complete", 4, DEADLINE_S)
         beats = faults.calls["heartbeat"]
         await faults.wait_calls("heartbeat", beats + 10, DEADLINE_S)  # two seconds of the agent's own time
-        assert faults.calls["complete"] <= 6 * 4
+        assert faults.calls["complete"] <= 4 * 4
         status = await host.get("/queue/status")
-        assert (status["reports_waiting"], status["dead_letters"]) == (6, 0)
+        assert (status["reports_waiting"], status["dead_letters"]) == (4, 0)
 
 
 async def test_f17_an_agent_that_starts_with_a_bad_token_works_and_registers_once_it_is_good(tmp_path: Path) -> None:
