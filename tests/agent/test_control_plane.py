@@ -351,7 +351,7 @@ async def test_f17_concurrent_calls_share_a_token_that_was_read_again(tmp_path: 
 
     async with middle.listening(respond) as port, client(tmp_path, f"http://{middle.HOST}:{port}") as plane:
         (tmp_path / "token").write_text("new")
-        replies: list[Reply] = await asyncio.gather(plane.heartbeat(BEAT), plane.claim(CLAIM))
+        replies: tuple[Reply, Reply] = await asyncio.gather(plane.heartbeat(BEAT), plane.claim(CLAIM))
     assert [reply.verdict for reply in replies] == [Verdict.OK] * 2
     assert sorted(tokens) == sorted([TOKEN.encode()] * 2 + [b"new"] * 2)
 
