@@ -17,7 +17,8 @@ _GZIP_OR_ZLIB: Final = 32 + zlib.MAX_WBITS
 
 
 async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """The whole body. Raises BadAnswer when it is longer than `max_bytes`, compressed or not, or of another coding.
+    """The whole body. Raises BadAnswer when it is longer than `max_bytes`, compressed or not, of another coding, or made
+    of more values than `limits.WIRE_ANSWER_MAX_VALUES`.
 
     The session must not decompress by itself. What is held at once is two times `max_bytes` at most.
     """
@@ -31,7 +32,12 @@ async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
             raise BadAnswer(f"the answer is longer than {max_bytes} bytes")
         chunks.append(chunk)
     body = b"".join(chunks)
-    return body if coding in {"identity", ""} else _decompressed(body, max_bytes)
+    if coding not in {"identity", ""}:
+        body = _decompressed(body, max_bytes)
+    values = sum(map(body.count, (b",", b"[", b"{"))) if len(body) > limits.WIRE_ANSWER_MAX_VALUES else 0
+    if values > limits.WIRE_ANSWER_MAX_VALUES:
+        raise BadAnswer(f"the answer is made of more than {limits.WIRE_ANSWER_MAX_VALUES} values")
+    return body
 
 
 def _decompressed(body: bytes, max_bytes: int) -> bytes:
