@@ -419,8 +419,8 @@ MALFORMED: Final[dict[str, tuple[bytes, str]]] = {
     "a truncated chunk": (CHUNKED + b'50\r\n{"code": 0', "the answer ended before it was whole"),
     "unknown coding": (answer(ENVELOPE, "200 OK", "Content-Encoding: br"), "the coding 'br', which was not asked for"),
     "too many values": (
-        answer(b'{"code": 0, "data": [' + b"[]," * 600_000 + b"[]]}"),
-        "made of more than 1000000 values",
+        answer(b'{"code": 0, "data": [' + b"[]," * 1_300_000 + b"[]]}"),
+        "made of more than 2500000 values",
     ),
     "not gzip": (answer(ENVELOPE, "200 OK", "Content-Encoding: gzip"), "the compressed answer is damaged"),
     "truncated gzip": (
