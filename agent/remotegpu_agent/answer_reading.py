@@ -19,7 +19,8 @@ _GZIP_OR_ZLIB: Final = 32 + zlib.MAX_WBITS
 async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     """The whole body. Raises BadAnswer for what breaks a bound, and for a coding that is not known.
 
-    Its bounds are `max_bytes`, before and after decompression, and `limits.WIRE_ANSWER_MAX_VALUES`. The session must not decompress by itself. What is held at once is two times `max_bytes` at most.
+    Its bounds are `max_bytes`, before and after decompression, and `limits.WIRE_ANSWER_MAX_VALUES`. The session must
+    not decompress by itself. What is held at once is two times `max_bytes` at most.
     """
     coding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if coding not in {"identity", "", "gzip", "x-gzip", "deflate"}:
