@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from remotegpu_agent.config_values import SUBMITTER
+from remotegpu_agent.proxies import proxy_for
+from remotegpu_agent.tls import no_password
+from remotegpu_schemas.errors import Misconfigured
 from remotegpu_schemas.limits import TOKENS_FILE_MAX_BYTES
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ def check_files(config: Config, environ: Mapping[str, str] = os.environ) -> list
     problems = [_state_dir_problem(config.agent.state_dir)]
     if config.control_plane.url is not None:
         problems += [_token_problem(config, environ), *_tls_problems(config.control_plane)]
+        problems.append(_proxy_problem(config.control_plane.url, environ))
     if config.api.tokens_file is not None:
         problems.append(_tokens_file_problem(config.api.tokens_file))
     if config.api.socket is not None:
@@ -103,6 +107,14 @@ def _token_problem(config: Config, environ: Mapping[str, str]) -> str | None:
     return None
 
 
+def _proxy_problem(url: str, environ: Mapping[str, str]) -> str | None:
+    try:
+        proxy_for(url, environ)
+    except Misconfigured as error:
+        return f"control_plane.url: {error}, in the environment of the agent"
+    return None
+
+
 def _tls_problems(plane: ControlPlaneSection) -> list[str | None]:
     problems: list[str | None] = []
     if plane.ca_file is not None:
@@ -115,7 +127,7 @@ def _tls_problems(plane: ControlPlaneSection) -> list[str | None]:
     if plane.client_cert_file is not None and plane.client_key_file is not None:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(
-                plane.client_cert_file, plane.client_key_file, password=_no_password
+                plane.client_cert_file, plane.client_key_file, password=no_password
             )
         except ssl.SSLError as error:
             problems.append(
@@ -129,11 +141,6 @@ def _tls_problems(plane: ControlPlaneSection) -> list[str | None]:
                 f"{_reason(error)}; make both readable by the agent"
             )
     return problems
-
-
-def _no_password() -> str:
-    """Without this OpenSSL asks on the terminal for the pass phrase of an encrypted key."""
-    return ""
 
 
 def _tokens_file_problem(path: Path) -> str | None:
