@@ -46,10 +46,11 @@ def open_tcp(address: IpAddress, port: int) -> socket.socket:
         raise Misconfigured(f"api.listen: {_tcp_problem(error, address, port)}") from error
 
 
-def url_of(sock: socket.socket) -> str:
+def url_of(sock: socket.socket, *, is_tls: bool = False) -> str:
     """The base URL of a listening TCP socket."""
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if is_tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def open_unix(path: Path, group_id: int | None) -> socket.socket:

@@ -116,8 +116,8 @@ async def test_an_error_of_system_info_comes_in_the_envelope(api: Api) -> None:
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-async def test_a_huge_body_is_refused(start_api: StartApi, is_chunked: bool) -> None:
-    """F35: a body above the bound is 413, whether its length is declared or not; nothing reaches the queue."""
+async def test_f35_a_huge_body_is_refused(start_api: StartApi, is_chunked: bool) -> None:
+    """A body above the bound is 413, whether its length is declared or not; nothing reaches the queue."""
     body = b"x" * 200_000
 
     async def pieces() -> Any:
@@ -130,8 +130,8 @@ async def test_a_huge_body_is_refused(start_api: StartApi, is_chunked: bool) -> 
         assert api.operations.calls == []
 
 
-async def test_a_declared_huge_body_is_refused_before_it_is_sent(api: Api) -> None:
-    """F35: who declares 100 GB is refused by the header alone."""
+async def test_f35_a_declared_huge_body_is_refused_before_it_is_sent(api: Api) -> None:
+    """Who declares 100 GB is refused by the header alone."""
     head = (
         "POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX-Agent-Token: operator-secret\r\n"
         f"Content-Length: {10**11}\r\n\r\n"
@@ -141,21 +141,21 @@ async def test_a_declared_huge_body_is_refused_before_it_is_sent(api: Api) -> No
     assert b'"code":30018' in answer
 
 
-async def test_a_slow_body_is_cut_off(start_api: StartApi) -> None:
-    """F35: a body that does not come ends with its deadline, in an envelope, and the connection is closed."""
+async def test_f35_a_slow_body_is_cut_off(start_api: StartApi) -> None:
+    """A body that does not come ends with its deadline, in an envelope, and the connection is closed."""
     async with start_api(body_deadline_s=0.1) as api:
         head = (
             "POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX-Agent-Token: operator-secret\r\n"
             "Content-Length: 100\r\n\r\nonly this"
         )
         answer = await exchange(api.port, head.encode())
-        assert answer.startswith(b"HTTP/1.1 400 ")
-        assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == 30005
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == 30028
         assert api.operations.calls == []
 
 
-async def test_a_body_that_breaks_off_hurts_nobody(api: Api) -> None:
-    """F35: a client that goes in the middle of its body leaves nothing behind, and others are served."""
+async def test_f35_a_body_that_breaks_off_hurts_nobody(api: Api) -> None:
+    """A client that goes in the middle of its body leaves nothing behind, and others are served."""
     reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
     writer.write(b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX-Agent-Token: operator-secret\r\n")
     writer.write(b"Content-Length: 100\r\n\r\nonly this")
@@ -168,8 +168,8 @@ async def test_a_body_that_breaks_off_hurts_nobody(api: Api) -> None:
 
 
 @pytest.mark.parametrize("body", [b"zz\r\nnonsense\r\n0\r\n\r\n", b"5\r\ntoo long\r\n0\r\n\r\n"])
-async def test_a_badly_chunked_body(start_api: StartApi, body: bytes) -> None:
-    """F35: a body that is no valid chunked encoding is a client's error, not ours."""
+async def test_f35_a_badly_chunked_body(start_api: StartApi, body: bytes) -> None:
+    """A body that is no valid chunked encoding is a client's error, not ours."""
     head = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX-Agent-Token: operator-secret\r\nConnection: close\r\n"
     async with start_api(body_deadline_s=0.1) as api, asyncio.timeout(20):
         reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
@@ -193,15 +193,15 @@ async def test_a_badly_chunked_body(start_api: StartApi, body: bytes) -> None:
         b"nonsense\r\n\r\n",
     ],
 )
-async def test_what_is_no_http_is_refused(api: Api, request_bytes: bytes) -> None:
-    """F35: unknown methods, huge headers and lines, TLS and noise end with a refusal; others are served."""
+async def test_f35_what_is_no_http_is_refused(api: Api, request_bytes: bytes) -> None:
+    """Unknown methods, huge headers and lines, TLS and noise end with a refusal; others are served."""
     answer = await exchange(api.port, request_bytes)
     assert b" 400 " in answer.partition(b"\r\n")[0]
     assert (await api.call("GET", "/api/v1/ping"))[0] == 200
 
 
-async def test_the_same_connection_serves_on(api: Api) -> None:
-    """F35: pipelined requests are each answered, in order, a refused one between good ones."""
+async def test_f35_the_same_connection_serves_on(api: Api) -> None:
+    """Pipelined requests are each answered, in order, a refused one between good ones."""
     one = b"GET /api/v1/ping HTTP/1.1\r\nHost: localhost\r\n\r\n"
     two = b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n"
     last = b"GET /api/v1/ping HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
