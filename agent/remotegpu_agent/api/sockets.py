@@ -14,6 +14,7 @@ import structlog
 
 from remotegpu_agent.api.settings import IpAddress
 from remotegpu_schemas.errors import Misconfigured
+from remotegpu_schemas.limits import API_SOCKET_BUFFER_BYTES
 
 BACKLOG = 128
 
@@ -41,9 +42,12 @@ def open_tcp(address: IpAddress, port: int) -> socket.socket:
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
     is_dual = address == ipaddress.IPv6Address("::") and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((str(address), port), family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
+        sock = socket.create_server((str(address), port), family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
     except OSError as error:
         raise Misconfigured(f"api.listen: {_tcp_problem(error, address, port)}") from error
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # for those that are accepted (socket(7), tcp(7))
+        sock.setsockopt(socket.SOL_SOCKET, option, API_SOCKET_BUFFER_BYTES)
+    return sock
 
 
 def url_of(sock: socket.socket, *, is_tls: bool = False) -> str:

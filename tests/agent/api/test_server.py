@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import socket
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -179,24 +180,50 @@ async def test_f35_a_badly_chunked_body(start_api: StartApi, body: bytes) -> Non
         answer = await reader.read()
         writer.close()
         await writer.wait_closed()
-        assert b" 400 " in answer.partition(b"\r\n")[0]
+        assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 408 "))
         assert api.operations.submitted == []
 
 
 @pytest.mark.parametrize(
-    "request_bytes",
+    ("request_bytes", "status", "code"),
     [
-        b"GRUMBLE /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
-        b"GET /api/v1/" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        b"nonsense\r\n\r\n",
+        (b"GRUMBLE /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, 30005),
+        (b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX-Secret: " + b"x" * 100_000 + b"\r\n\r\n", 431, 30029),
+        (b"GET /api/v1/" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 431, 30029),
+        (b"GET /api/v1/ping HTTP/1.1\r\n" + b"X-Secret: a\r\n" * 100 + b"\r\n", 431, 30029),
+        (b"GET /api/v1/ping HTTP/1.1\r\nHost: localhost\r\nX-Secret\r\n\r\n", 400, 30005),
+        (b"GET /api/v1/ping HTTP/1.1\r\nHost: localhost\r\nExpect: X-Secret\r\n\r\n", 400, 30005),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400, 30005),
+        (b"X-Secret\r\n\r\n", 400, 30005),
     ],
+    ids=["method", "field", "line", "fields", "no-colon", "expect", "tls", "noise"],
 )
-async def test_f35_what_is_no_http_is_refused(api: Api, request_bytes: bytes) -> None:
-    """Unknown methods, huge headers and lines, TLS and noise end with a refusal; others are served."""
+async def test_f35_what_is_no_http_is_refused(api: Api, request_bytes: bytes, status: int, code: int) -> None:
+    """Unknown methods, huge headers and lines, TLS and noise are refused in an envelope that shows none of it."""
     answer = await exchange(api.port, request_bytes)
-    assert b" 400 " in answer.partition(b"\r\n")[0]
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert is_error((int(head.split()[1]), json.loads(body)), status, code)
+    assert b"\r\nCache-Control: no-store" in head
+    assert b"secret" not in answer.lower()
+    assert (await api.call("GET", "/api/v1/ping"))[0] == 200
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "gzip, identity"])
+async def test_f35_a_compressed_body_is_not_unpacked(api: Api, encoding: str) -> None:
+    """A small body that would become a huge one is refused by its header; nothing of it is unpacked."""
+    bomb = zlib.compress(b"\0" * 1_000_000)
+    answer = await api.call(
+        "POST", "/api/v1/tasks", data=bomb, headers=OPERATOR | {"Content-Encoding": encoding, "Content-Type": "a/b"}
+    )
+    assert is_error(answer, 400, 30005)
+    assert "Content-Encoding" in answer[1]["message"]
+    assert api.operations.calls == []
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1, 2", b"\xff\xfe", b'{"process_id": 1e999}', b"[" * 100_000, b"null"])
+async def test_f35_bad_json_is_refused(api: Api, body: bytes) -> None:
+    """What is no JSON, or nests without end, is the client's mistake; others are served."""
+    assert is_error(await api.call("POST", "/api/v1/process/stop", data=body), 400, 30005)
     assert (await api.call("GET", "/api/v1/ping"))[0] == 200
 
 
@@ -232,6 +259,17 @@ async def test_a_strangers_page_changes_nothing(api: Api) -> None:
     assert is_error(await api.call("POST", path + "/cancel", headers=stranger), 403, 30017)
     assert (await api.call("GET", path, headers=stranger))[0] == 200
     assert (await api.call("POST", path + "/cancel", headers=OPERATOR | {"Origin": api.url}))[0] == 200
+    assert [name for name, _ in api.operations.calls] == ["show_task", "cancel_task"]
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+async def test_a_browser_that_names_another_site_changes_nothing(api: Api, site: str) -> None:
+    """A change that the browser says another site asks for is refused, with no Origin too; reading is not."""
+    path = f"/api/v1/tasks/{TASK_ID}"
+    stranger = OPERATOR | {"Sec-Fetch-Site": site}
+    assert is_error(await api.call("POST", path + "/cancel", headers=stranger), 403, 30017)
+    assert (await api.call("GET", path, headers=stranger))[0] == 200
+    assert (await api.call("POST", path + "/cancel", headers=OPERATOR | {"Sec-Fetch-Site": "same-origin"}))[0] == 200
     assert [name for name, _ in api.operations.calls] == ["show_task", "cancel_task"]
 
 
