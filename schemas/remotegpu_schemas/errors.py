@@ -107,7 +107,7 @@ class Misconfigured(AgentError):
 
 
 class Refused(AgentError):
-    """A business refusal with its code; the API answers with it, the CLI exits 5. `retry_after_s`: when to ask again."""
+    """A business refusal with its code; the API answers with it, the CLI exits 5. `retry_after_s`: come again then."""
 
     def __init__(self, code: Code, message: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message or CODES[code].meaning)

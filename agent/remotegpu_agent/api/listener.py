@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import enum
 import socket
 import ssl
 from collections.abc import Callable, Hashable
@@ -32,6 +33,24 @@ _RETRY_AFTER_S: Final = 5
 _FULL_SAID_EVERY_S: Final = 60.0
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger(__name__)
+
+
+class Ended(enum.StrEnum):
+    """Why a connection was ended by us."""
+
+    IDLE = "idle"
+    SLOW_HEADERS = "slow_headers"
+    SLOW_READER = "slow_reader"
+    HANDSHAKE = "handshake"
+    EVICTED = "evicted"
+    TURNED_AWAY = "turned_away"
+
+
+_ENDED_BY: Final = {
+    Verdict.IDLE: Ended.IDLE,
+    Verdict.SLOW_HEADERS: Ended.SLOW_HEADERS,
+    Verdict.SLOW_READER: Ended.SLOW_READER,
+}
 
 
 class Listener:
@@ -59,7 +78,7 @@ class Listener:
         shortest_s = min(patience.headers_s, patience.idle_s, patience.slow_reader_s)
         self._look_s = min(_LOOK_S, shortest_s / _LOOKS_PER_PATIENCE)
         self._silent_until = 0.0
-        self.ended: collections.Counter[str] = collections.Counter()
+        self.ended: collections.Counter[Ended] = collections.Counter()
         """Connections that were not ended by their client nor by an ordinary close, by reason."""
 
     @property
@@ -113,7 +132,7 @@ class Listener:
     def _admit(self, sock: socket.socket, peer: Hashable) -> None:
         has_place, loser = self._places.take(peer)
         if loser is not None:
-            self._end(loser, "evicted")
+            self._evict(loser)
         if not has_place:
             self._turn_away(sock, peer)
             return
@@ -147,7 +166,7 @@ class Listener:
         except OSError as error:  # ssl.SSLError and TimeoutError are OSErrors
             self._places.discard(connection)
             sock.close()
-            self.ended["handshake"] += 1
+            self.ended[Ended.HANDSHAKE] += 1
             log.debug("api_handshake_failed", error=str(error))
         except asyncio.CancelledError:
             self._places.discard(connection)
@@ -160,13 +179,13 @@ class Listener:
         for connection in self._places.holders:
             verdict = connection.look(now)
             if verdict is not Verdict.STAYS:
-                self.ended[verdict.name.lower()] += 1
+                self.ended[_ENDED_BY[verdict]] += 1
                 connection.end(verdict)
         has_any = bool(self._places.holders)
         self._timer = asyncio.get_running_loop().call_later(self._look_s, self._look) if has_any else None
 
-    def _end(self, connection: Connection, reason: str) -> None:
-        self.ended[reason] += 1
+    def _evict(self, connection: Connection) -> None:
+        self.ended[Ended.EVICTED] += 1
         opening = self._opening.get(connection)
         if opening is not None:
             opening.cancel()
@@ -174,7 +193,7 @@ class Listener:
 
     def _turn_away(self, sock: socket.socket, peer: Hashable) -> None:
         """Every place is busy: say so, as far as that can be said without waiting for anybody."""
-        self.ended["turned_away"] += 1
+        self.ended[Ended.TURNED_AWAY] += 1
         now = asyncio.get_running_loop().time()
         if now >= self._silent_until:
             self._silent_until = now + _FULL_SAID_EVERY_S

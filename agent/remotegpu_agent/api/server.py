@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -21,14 +20,14 @@ from remotegpu_agent.api.context import CONTEXT, Context, Followers, Route
 from remotegpu_agent.api.credentials import Credentials
 from remotegpu_agent.api.envelope import HEADERS
 from remotegpu_agent.api.failures import Failures
-from remotegpu_agent.api.listener import Listener
+from remotegpu_agent.api.listener import Ended, Listener
 from remotegpu_agent.api.origins import own_names
 from remotegpu_agent.api.routes import BASE_PATH, ROUTES
 from remotegpu_agent.api.settings import STOP_PATIENCE_S, ApiSettings, Endpoints
 from remotegpu_agent.api.sockets import group_id_of, open_tcp, open_unix, parse_listen, remove_unix, url_of
 from remotegpu_agent.api.tokens import make_token_file
 from remotegpu_agent.audit import AuditLog
-from remotegpu_agent.operations import Operations
+from remotegpu_agent.operations import ApiFigures, Operations
 from remotegpu_schemas import limits
 from remotegpu_schemas.errors import Misconfigured
 
@@ -79,17 +78,13 @@ class ApiServer:
         return self._followers.count
 
     @property
-    def connection_count(self) -> int:
-        """Connections that are open now."""
-        return sum(listener.connection_count for listener in self._listeners)
-
-    @property
-    def refused(self) -> Mapping[str, int]:
-        """What bounds and deadlines have ended so far, by reason; one that is not there has ended nothing."""
-        counted = collections.Counter({"auth_failures": self._failures.refused_count})
+    def figures(self) -> ApiFigures:
+        """How many there are, and what bounds and deadlines have ended so far."""
+        refused = {str(reason): 0 for reason in Ended} | {"auth_failures": self._failures.refused_count}
         for listener in self._listeners:
-            counted.update(listener.ended)
-        return counted
+            for reason, count in listener.ended.items():
+                refused[reason] += count
+        return ApiFigures(sum(listener.connection_count for listener in self._listeners), refused)
 
     @property
     def problems(self) -> list[str]:

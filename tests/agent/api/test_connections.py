@@ -48,7 +48,7 @@ async def test_f35_slow_headers_are_cut_off(start_api: StartApi, answered: int) 
         status, headers, body = await slow.answer()
         assert (status, body["code"], headers["connection"]) == (408, 30028, "close")
         assert await slow.rest() == b""
-        assert api.server.refused["slow_headers"] == 1
+        assert api.server.figures.refused["slow_headers"] == 1
 
 
 async def test_f35_dripping_headers_gain_no_time(start_api: StartApi) -> None:
@@ -80,7 +80,7 @@ async def test_f35_silent_connections_are_closed(start_api: StartApi) -> None:
         assert await silent.rest() == b""
         assert await used.ping()
         assert await used.rest() == b""
-        assert api.server.refused["idle"] == 2
+        assert api.server.figures.refused["idle"] == 2
 
 
 async def test_f35_a_long_poll_is_not_idle(start_api: StartApi) -> None:
@@ -90,7 +90,7 @@ async def test_f35_a_long_poll_is_not_idle(start_api: StartApi) -> None:
         await api.operations.show_waits.wait()
         async with connect(api.port) as silent:
             assert await silent.rest() == b""
-        assert api.server.connection_count == 1
+        assert api.server.figures.connections == 1
         api.operations.task_ended.set()
         assert (await polling.answer())[0] == 200
 
@@ -120,16 +120,16 @@ async def test_f35_a_slow_reader_of_a_big_answer_loses_its_connection(start_api:
     async with start_api(slow_reader_s=0.2) as api, connect(api.port, kept_bytes=4096) as slow:
         api.operations.log_text = "x" * 30_000_000
         await slow.send(FOLLOW.replace(b"?follow=1", b""))
-        await until_so(lambda: api.server.refused["slow_reader"] == 1)
-        await until_so(lambda: api.server.connection_count == 0)
+        await until_so(lambda: api.server.figures.refused["slow_reader"] == 1)
+        await until_so(lambda: api.server.figures.connections == 0)
 
 
 async def test_f35_a_pipeline_that_nobody_reads_is_bounded(start_api: StartApi) -> None:
     """Thousands of pipelined requests whose answers are not read end with the connection, and were not all answered."""
     async with start_api(slow_reader_s=0.3) as api, connect(api.port, kept_bytes=4096) as greedy:
         greedy.writer.write(PING * 200_000)
-        await until_so(lambda: api.server.refused["slow_reader"] == 1)
-        await until_so(lambda: api.server.connection_count == 0)
+        await until_so(lambda: api.server.figures.refused["slow_reader"] == 1)
+        await until_so(lambda: api.server.figures.connections == 0)
         assert len(api.operations.calls) < 200_000
         assert (await api.call("GET", "/api/v1/ping"))[0] == 200
 
@@ -150,7 +150,7 @@ async def test_f35_a_stream_lives_as_long_as_its_reader_reads(start_api: StartAp
                 await asyncio.sleep(0.005)  # this reader's pace
         assert got > size * count
         assert loop.time() - started > 2 * patience_s
-        assert api.server.refused["slow_reader"] == 0
+        assert api.server.figures.refused["slow_reader"] == 0
 
 
 def test_what_counts_as_reading() -> None:
@@ -190,12 +190,12 @@ async def test_f35_headers_are_bounded_in_all(start_api: StartApi) -> None:
 async def test_f35_a_thousand_idle_connections(api: Api) -> None:
     """1,000 silent connections of one address hold no more than their share; another and the socket are served."""
     async with many(api.port, 1_000):
-        assert api.server.connection_count <= 128
+        assert api.server.figures.connections <= 128
         async with connect(api.port, source="127.0.0.2") as other:
             assert await other.ping()
         assert (await api.call("GET", "/api/v1/ping", session=api.unix))[0] == 200
         assert (await api.call("GET", "/api/v1/ping"))[0] == 200
-        assert api.server.refused["evicted"] >= 1_000 - 128
+        assert api.server.figures.refused["evicted"] >= 1_000 - 128
 
 
 async def test_f35_those_without_a_request_give_way_first(start_api: StartApi) -> None:
@@ -224,7 +224,7 @@ async def test_f35_the_bound_in_all_takes_from_every_peer(start_api: StartApi) -
         connect(api.port, source="127.0.0.2") as oldest,
         connect(api.port, source="127.0.0.3") as other,
     ):
-        await until_so(lambda: api.server.connection_count == 2)
+        await until_so(lambda: api.server.figures.connections == 2)
         async with connect(api.port, source="127.0.0.4") as newcomer:
             assert await newcomer.ping()
             assert await oldest.rest() == b""
@@ -266,8 +266,8 @@ async def test_f35_places_come_back(start_api: StartApi) -> None:
     """However a connection ends, its place is free again."""
     async with start_api() as api:
         async with many(api.port, 20, PING[:-2]), many(api.port, 20, PING), many(api.port, 20, b"noise\r\n\r\n"):
-            await until_so(lambda: api.server.connection_count == 40)
-        await until_so(lambda: api.server.connection_count == 0)
+            await until_so(lambda: api.server.figures.connections == 40)
+        await until_so(lambda: api.server.figures.connections == 0)
 
 
 async def test_f35_no_descriptors_left(start_api: StartApi) -> None:

@@ -243,10 +243,10 @@ async def test_f35_a_handshake_that_does_not_come(start_api: StartApi, authority
     pair = certificate(authority, short_dir)
     async with start_api(tls=pair, headers_deadline_s=0.3) as api:
         with socket.create_connection(("127.0.0.1", api.port)):
-            await until_so(lambda: api.server.connection_count == 1)
+            await until_so(lambda: api.server.figures.connections == 1)
             assert await serial_of(api.port, client_context(authority))
-            await until_so(lambda: api.server.refused["handshake"] == 1)
-        await until_so(lambda: api.server.connection_count == 0)
+            await until_so(lambda: api.server.figures.refused["handshake"] == 1)
+        await until_so(lambda: api.server.figures.connections == 0)
 
 
 async def test_f35_plain_http_to_a_tls_port(start_api: StartApi, authority: trustme.CA, short_dir: Path) -> None:
@@ -273,7 +273,7 @@ async def test_f35_a_slow_reader_over_tls(start_api: StartApi, authority: trustm
         )
         async with asyncio.timeout(30):
             await api.operations.follower_closed.wait()
-        await until_so(lambda: api.server.connection_count == 0)
+        await until_so(lambda: api.server.figures.connections == 0)
         assert api.operations.chunks.qsize() > 0
         writer.transport.abort()
 

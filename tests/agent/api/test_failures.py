@@ -64,7 +64,7 @@ async def test_f35_wrong_tokens_are_limited(start_api: StartApi) -> None:
         assert [(status, body["code"]) for status, body in answers] == [(401, 30016)] * 3 + [(429, 30019)] * 5
         warnings = [line["event"] for line in logs if line["log_level"] == "warning"]
         assert warnings == ["api_caller_refused"] * 3 + ["api_callers_limited"]
-        assert api.server.refused["auth_failures"] == 6
+        assert api.server.figures.refused["auth_failures"] == 6
 
 
 async def test_f35_a_good_token_is_served_behind_a_limited_address(start_api: StartApi) -> None:
