@@ -184,7 +184,7 @@ class LegacyCallerSection(Form):
 class ApiSection(Form):
     """`api:`; null switches `listen` or `socket` off, `tokens_file` None is `<state_dir>/api-token`.
 
-    With `tls_cert_file` (its chain behind it) and `tls_key_file` TCP is https. These files are read again when they change.
+    With `tls_cert_file` (its chain behind it) and `tls_key_file` TCP is https. These files are read again on change.
     """
 
     listen: Listen = "127.0.0.1:8090"

@@ -74,6 +74,9 @@ API_UNIX_CONNECTIONS_MAX = 256
 API_UNIX_CONNECTIONS_PER_USER_MAX = 192
 """Together half of the 1,024 descriptors that a process has as a rule (RLIMIT_NOFILE), so that the other half is there
 for the tasks. The Unix socket's are its own: what happens on TCP takes none of them. A `wait` holds one."""
+API_BACKLOG_MAX = 1024
+"""Connections that the kernel keeps until they are accepted; beyond it a client tries again after a second (listen(2)).
+With 128, a thousand that came at once made one in a hundred others wait for that second."""
 API_SOCKET_BUFFER_BYTES = 128 * KIB
 """Asked for each way; Linux doubles it. By itself it would give up to 6 MiB to a client that does not read (tcp_wmem),
 and a slow one's progress would be seen in steps of a third of that."""

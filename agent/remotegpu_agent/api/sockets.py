@@ -14,9 +14,7 @@ import structlog
 
 from remotegpu_agent.api.settings import IpAddress
 from remotegpu_schemas.errors import Misconfigured
-from remotegpu_schemas.limits import API_SOCKET_BUFFER_BYTES
-
-BACKLOG = 128
+from remotegpu_schemas.limits import API_BACKLOG_MAX, API_SOCKET_BUFFER_BYTES
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger(__name__)
 
@@ -42,7 +40,9 @@ def open_tcp(address: IpAddress, port: int) -> socket.socket:
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
     is_dual = address == ipaddress.IPv6Address("::") and socket.has_dualstack_ipv6()
     try:
-        sock = socket.create_server((str(address), port), family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
+        sock = socket.create_server(
+            (str(address), port), family=family, backlog=API_BACKLOG_MAX, dualstack_ipv6=is_dual
+        )
     except OSError as error:
         raise Misconfigured(f"api.listen: {_tcp_problem(error, address, port)}") from error
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # for those that are accepted (socket(7), tcp(7))
@@ -70,7 +70,7 @@ def open_unix(path: Path, group_id: int | None) -> socket.socket:
             _bind_closed(sock, path)
             _hand_to_group(path, group_id)
             path.chmod(0o660)
-            sock.listen(BACKLOG)
+            sock.listen(API_BACKLOG_MAX)
         except BaseException:
             sock.close()
             raise
