@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import enum
+import fcntl
+import struct
+import termios
 from collections.abc import Callable
 from typing import Final
 
@@ -24,6 +27,8 @@ _LINGER_S: Final = 1.0
 """What still comes of a body that nobody wants is read for so long, so that the client sees the answer."""
 _TAKEN_MIN_BYTES: Final = 16 * limits.KIB
 """Of a full buffer so much is taken within the patience with slow readers, or the reader is given up."""
+
+_INT: Final = struct.Struct("i")
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger(__name__)
 
@@ -217,7 +222,7 @@ class Connection(web.RequestHandler):
         """What is due at `now` (the loop's clock). Changes nothing but what it remembers of the buffer."""
         if self._link is None:
             return Verdict.STAYS
-        if waiting_bytes := self._link.get_write_buffer_size():
+        if waiting_bytes := _waiting_bytes(self._link):
             is_stalled = self._write_watch.is_stalled(waiting_bytes, now)
             self._quiet_since = now
             return Verdict.SLOW_READER if is_stalled else Verdict.STAYS
@@ -253,6 +258,18 @@ class Connection(web.RequestHandler):
         if self.transport is not None:
             self.transport.write(failure_bytes(code, message, self._wall_s()))
         self.force_close()
+
+
+def _waiting_bytes(link: asyncio.Transport) -> int:
+    """What the other side has yet to take. What lies below TLS is seen only in the kernel's queue (tcp(7), TIOCOUTQ)."""
+    waiting_bytes = link.get_write_buffer_size()
+    if link.get_extra_info("ssl_object") is None:
+        return waiting_bytes
+    try:
+        queued = fcntl.ioctl(link.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(_INT.size))
+    except OSError:
+        return waiting_bytes  # closed meanwhile
+    return waiting_bytes + int(_INT.unpack(queued)[0])
 
 
 def _of_parser(error: BaseException | None) -> tuple[Code, str]:

@@ -6,9 +6,8 @@ then of those that wait the longest. Only where every place is busy is a newcome
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Final, Generic, Protocol, TypeVar
 
 
@@ -47,8 +46,9 @@ class Places(Generic[HolderT]):
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds: Final = bounds
+        # Dictionaries for their order, that of arrival: a flood of newcomers must not cost a search each.
         self._peers: dict[HolderT, Hashable] = {}
-        self._counts: collections.Counter[Hashable] = collections.Counter()
+        self._of_peer: dict[Hashable, dict[HolderT, None]] = {}
 
     @property
     def holders(self) -> tuple[HolderT, ...]:
@@ -60,15 +60,13 @@ class Places(Generic[HolderT]):
 
         The one that must be closed has lost its place already.
         """
-        is_peer_full = self._counts[peer] >= self._bounds.per_peer
-        if not is_peer_full and len(self._peers) < self._bounds.in_all:
+        own = self._of_peer.get(peer, {})
+        if len(own) >= self._bounds.per_peer:
+            loser = _first_to_go(own)
+        elif len(self._peers) >= self._bounds.in_all:
+            loser = _first_to_go(self._peers)
+        else:
             return True, None
-        waiting = (
-            holder
-            for holder, of_peer in self._peers.items()
-            if holder.awaits_request and (of_peer == peer or not is_peer_full)
-        )
-        loser = min(waiting, key=lambda holder: (holder.has_served, holder.quiet_since), default=None)
         if loser is None:
             return False, None
         self.discard(loser)
@@ -77,13 +75,26 @@ class Places(Generic[HolderT]):
     def add(self, holder: HolderT, peer: Hashable) -> None:
         """Give it the place."""
         self._peers[holder] = peer
-        self._counts[peer] += 1
+        self._of_peer.setdefault(peer, {})[holder] = None
 
     def discard(self, holder: HolderT) -> None:
         """Its place is free. Safe to repeat."""
         if holder not in self._peers:
             return
         peer = self._peers.pop(holder)
-        self._counts[peer] -= 1
-        if self._counts[peer] <= 0:
-            del self._counts[peer]
+        del self._of_peer[peer][holder]
+        if not self._of_peer[peer]:
+            del self._of_peer[peer]
+
+
+def _first_to_go(holders: Iterable[HolderT]) -> HolderT | None:
+    """Of connections in the order of their arrival: the first without any request, else the one idle for longest."""
+    longest: HolderT | None = None
+    for holder in holders:
+        if not holder.awaits_request:
+            continue
+        if not holder.has_served:
+            return holder
+        if longest is None or holder.quiet_since < longest.quiet_since:
+            longest = holder
+    return longest

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import ssl
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,9 @@ class Raw:
 
 
 @contextlib.asynccontextmanager
-async def connect(port: int, *, source: str = "127.0.0.1", kept_bytes: int | None = None) -> AsyncGenerator[Raw]:
+async def connect(
+    port: int, *, source: str = "127.0.0.1", kept_bytes: int | None = None, context: ssl.SSLContext | None = None
+) -> AsyncGenerator[Raw]:
     """A TCP connection from `source`, an address of loopback; of what is not read the kernel keeps `kept_bytes`."""
     sock = socket.socket()
     if kept_bytes is not None:
@@ -57,7 +60,12 @@ async def connect(port: int, *, source: str = "127.0.0.1", kept_bytes: int | Non
     sock.setblocking(False)
     sock.bind((source, 0))
     await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
-    reader, writer = await asyncio.open_connection(sock=sock, limit=2**16 if kept_bytes is None else 1024)
+    reader, writer = await asyncio.open_connection(
+        sock=sock,
+        limit=2**16 if kept_bytes is None else 1024,
+        ssl=context,
+        server_hostname="127.0.0.1" if context is not None else None,
+    )
     async with _closing(reader, writer) as raw:
         yield raw
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import ssl
@@ -15,10 +16,14 @@ import trustme
 from remotegpu_agent.api import TlsPair
 from remotegpu_schemas.errors import Misconfigured
 from tests.agent.api.conftest import OPERATOR, Api, StartApi
-from tests.agent.api.fake_operations import TASK_ID
+from tests.agent.api.fake_operations import TASK_ID, chunk
+from tests.agent.api.raw import Raw, connect
 from tests.waiting import until, until_so
 
 QUICK_S = 0.02
+LOGS = (
+    f"GET /api/v1/tasks/{TASK_ID}/logs HTTP/1.1\r\nHost: localhost\r\nX-Agent-Token: operator-secret\r\n\r\n"
+).encode()
 NEW = {"X-Agent-Token": "a-new-and-longer-secret"}
 
 
@@ -121,6 +126,11 @@ def client_context(authority: trustme.CA) -> ssl.SSLContext:
     context = ssl.create_default_context()
     authority.configure_trust(context)
     return context
+
+
+def raw_tls(port: int, authority: trustme.CA) -> contextlib.AbstractAsyncContextManager[Raw]:
+    """A connection that keeps little of what is not read."""
+    return connect(port, kept_bytes=65_536, context=client_context(authority))
 
 
 async def serial_of(port: int, context: ssl.SSLContext) -> str:
@@ -261,21 +271,46 @@ async def test_f35_plain_http_to_a_tls_port(start_api: StartApi, authority: trus
 
 async def test_f35_a_slow_reader_over_tls(start_api: StartApi, authority: trustme.CA, short_dir: Path) -> None:
     """A follower that does not read loses its place over TLS, too."""
-    from tests.agent.api.fake_operations import chunk
-
-    async with start_api(tls=certificate(authority, short_dir), slow_reader_s=0.2, idle_s=1.0) as api:
+    async with start_api(tls=certificate(authority, short_dir), slow_reader_s=0.2) as api:
         for _ in range(100):
             api.operations.chunks.put_nowait(chunk("x" * 1_000_000))
-        _, writer = await asyncio.open_connection("127.0.0.1", api.port, ssl=client_context(authority), limit=1024)
-        writer.write(
-            f"GET /api/v1/tasks/{TASK_ID}/logs?follow=1 HTTP/1.1\r\nHost: localhost\r\n"
-            "X-Agent-Token: operator-secret\r\n\r\n".encode()
-        )
-        async with asyncio.timeout(30):
-            await api.operations.follower_closed.wait()
-        await until_so(lambda: api.server.figures.connections == 0)
+        async with raw_tls(api.port, authority) as slow:
+            await slow.send(LOGS.replace(b"/logs", b"/logs?follow=1"))
+            async with asyncio.timeout(30):
+                await api.operations.follower_closed.wait()
+            await until_so(lambda: api.server.figures.connections == 0)
         assert api.operations.chunks.qsize() > 0
-        writer.transport.abort()
+
+
+async def test_f35_a_big_answer_that_nobody_reads_over_tls(
+    start_api: StartApi, authority: trustme.CA, short_dir: Path
+) -> None:
+    """What asyncio has handed to the layer below counts, too: the connection goes long before it would be idle."""
+    async with start_api(tls=certificate(authority, short_dir), slow_reader_s=0.3) as api:
+        api.operations.log_text = "x" * 20_000_000
+        async with raw_tls(api.port, authority) as slow:
+            await slow.send(LOGS)
+            await until_so(lambda: api.server.figures.refused["slow_reader"] == 1)
+            await until_so(lambda: api.server.figures.connections == 0)
+
+
+async def test_f35_a_reader_over_tls_that_reads_gets_all(
+    start_api: StartApi, authority: trustme.CA, short_dir: Path
+) -> None:
+    """A big answer that takes longer than the patience arrives whole, as long as some is taken all the time."""
+    patience_s = 0.4
+    async with start_api(tls=certificate(authority, short_dir), slow_reader_s=patience_s, idle_s=patience_s) as api:
+        api.operations.log_text = "x" * 5_000_000
+        loop = asyncio.get_running_loop()
+        started, got = loop.time(), 0
+        async with raw_tls(api.port, authority) as slow, asyncio.timeout(60):
+            await slow.send(LOGS)
+            while piece := await slow.reader.read(20_000):
+                got += len(piece)
+                await asyncio.sleep(0.004)  # this reader's pace
+        assert got > 5_000_000
+        assert loop.time() - started > 2 * patience_s
+        assert api.server.figures.refused["slow_reader"] == 0
 
 
 def test_the_pair_is_read_by_its_owner_only_once(authority: trustme.CA, tmp_path: Path) -> None:
