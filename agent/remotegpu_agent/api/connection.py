@@ -261,7 +261,7 @@ class Connection(web.RequestHandler):
 
 
 def _waiting_bytes(link: asyncio.Transport) -> int:
-    """What the other side has yet to take. What lies below TLS is seen only in the kernel's queue (tcp(7), TIOCOUTQ)."""
+    """What the other side has yet to take; what lies below TLS shows in the kernel's queue only (tcp(7), TIOCOUTQ)."""
     waiting_bytes = link.get_write_buffer_size()
     if link.get_extra_info("ssl_object") is None:
         return waiting_bytes
