@@ -40,8 +40,9 @@ async def status_of(host: AgentProcess, context: ssl.SSLContext, token: str) -> 
         connection = http.client.HTTPSConnection(address_of(host)[1], timeout=DEADLINE_S, context=context)
         with contextlib.closing(connection):
             connection.request("GET", "/api/v1/tasks", headers={"X-Agent-Token": token})
-            serial = str(connection.sock.getpeercert()["serialNumber"])
-            return connection.getresponse().status, serial
+            shown = connection.sock.getpeercert()
+            assert shown is not None
+            return connection.getresponse().status, str(shown["serialNumber"])
 
     return await asyncio.to_thread(call)
 
