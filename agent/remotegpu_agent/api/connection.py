@@ -265,10 +265,10 @@ def _waiting_bytes(link: asyncio.Transport) -> int:
     waiting_bytes = link.get_write_buffer_size()
     if link.get_extra_info("ssl_object") is None:
         return waiting_bytes
-    try:
-        queued = fcntl.ioctl(link.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(_INT.size))
-    except OSError:
+    sock = link.get_extra_info("socket")
+    if sock is None or sock.fileno() < 0:
         return waiting_bytes  # closed meanwhile
+    queued = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(_INT.size))
     return waiting_bytes + int(_INT.unpack(queued)[0])
 
 

@@ -177,10 +177,15 @@ class Listener:
         """End whose time is over; again in a moment, as long as there is anybody."""
         now = asyncio.get_running_loop().time()
         for connection in self._places.holders:
-            verdict = connection.look(now)
-            if verdict is not Verdict.STAYS:
-                self.ended[_ENDED_BY[verdict]] += 1
-                connection.end(verdict)
+            try:
+                verdict = connection.look(now)
+                if verdict is not Verdict.STAYS:
+                    self.ended[_ENDED_BY[verdict]] += 1
+                    connection.end(verdict)
+            except Exception:
+                # The top of the loop of deadlines: one connection that fails must not end those of the others.
+                log.exception("api_connection_not_looked_at")
+                connection.abort()
         has_any = bool(self._places.holders)
         self._timer = asyncio.get_running_loop().call_later(self._look_s, self._look) if has_any else None
 
