@@ -78,7 +78,7 @@ API_BACKLOG_MAX = 1024
 """Connections that the kernel keeps until they are accepted; beyond it a client tries again after a second (listen(2)).
 With 128, a thousand that came at once made one in a hundred others wait for that second."""
 API_SOCKET_BUFFER_BYTES = 128 * KIB
-"""Asked for each way; Linux doubles it. By itself it would give up to 6 MiB to a client that does not read (tcp_wmem),
+"""Asked for each way; Linux doubles it. By itself it would give up to 4 MiB to a client that does not read (tcp_wmem),
 and a slow one's progress would be seen in steps of a third of that."""
 API_AUTH_FAILURES_BURST = 20
 API_AUTH_FAILURES_PER_S = 0.5
