@@ -21,7 +21,7 @@ from remotegpu_agent.draining import Drain
 from remotegpu_agent.executor import Executor
 from remotegpu_agent.host_watch import HostWatch
 from remotegpu_agent.leases import LeaseKeeper
-from remotegpu_agent.operations import Stream
+from remotegpu_agent.operations import ApiFigures, Stream
 from remotegpu_agent.output_reading import RunOutput
 from remotegpu_agent.runspec import check_runnable
 from remotegpu_agent.standing import Standing
@@ -81,6 +81,7 @@ class AgentOperations:
     clock: Clock
     new_id: Callable[[], str]
     runs_as_submitter: bool
+    api_figures: Callable[[], ApiFigures]
 
     def ping(self) -> Ping:
         """Version and state."""
@@ -234,6 +235,7 @@ class AgentOperations:
         """All figures."""
         counts = await self.store.read(views.counts)
         total, free, readings = self.dispatcher.capacity, self.dispatcher.free(), self.host_watch.readings
+        api = self.api_figures()
         return metrics.render(
             metrics.Snapshot(
                 version=VERSION,
@@ -248,6 +250,8 @@ class AgentOperations:
                 reports_waiting=counts.reports_waiting,
                 dead_letters=counts.dead_letters,
                 loop_failures=self.loops.failures,
+                api_connections=api.connections,
+                api_refused=api.refused,
                 disk_free_bytes=readings.disk_free_bytes if readings is not None else None,
                 inodes_free=readings.inodes_free if readings is not None else None,
                 memory_available_bytes=readings.memory_available_bytes if readings is not None else None,

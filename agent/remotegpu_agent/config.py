@@ -187,6 +187,7 @@ class ApiSection(Form):
     """`api:`; null switches `listen` or `socket` off, `tokens_file` None is `<state_dir>/api-token`.
 
     Members of `socket_group`, if this host has it, may use the socket.
+    With `tls_cert_file` (its chain behind it) and `tls_key_file` TCP is https. These files are read again on change.
     """
 
     listen: Listen = "127.0.0.1:8090"
@@ -195,6 +196,8 @@ class ApiSection(Form):
     tokens_file: AbsolutePath | None = None
     allowed_hosts: list[Text] = Field(default=[], max_length=1024)
     legacy_callers: list[LegacyCallerSection] = Field(default=[], max_length=1024)
+    tls_cert_file: AbsolutePath | None = None
+    tls_key_file: AbsolutePath | None = None
 
 
 class ResultsSection(Form):
@@ -303,6 +306,13 @@ def _parse(text: bytes, name: str) -> Document | None:
 
 def _conflicts(config: Config) -> Iterator[Finding]:
     plane, lease, api = config.control_plane, config.lease, config.api
+    for key, other in (("tls_cert_file", "tls_key_file"), ("tls_key_file", "tls_cert_file")):
+        if getattr(api, key) is not None and getattr(api, other) is None:
+            yield Finding(
+                ("api", key),
+                f"'api.{key}' needs 'api.{other}' beside it: TLS takes a certificate and its key",
+                at_key=True,
+            )
     for key, other in (("client_cert_file", "client_key_file"), ("client_key_file", "client_cert_file")):
         if getattr(plane, key) is not None and getattr(plane, other) is None:
             yield Finding(

@@ -53,6 +53,8 @@ def check_files(config: Config, environ: Mapping[str, str] = os.environ) -> list
         problems.append(_proxy_problem(config.control_plane.url, environ))
     if config.api.tokens_file is not None:
         problems.append(_tokens_file_problem(config.api.tokens_file))
+    if config.api.tls_cert_file is not None and config.api.tls_key_file is not None:
+        problems.append(_pair_problem("api.tls_cert_file", config.api.tls_cert_file, config.api.tls_key_file))
     if config.api.socket is not None:
         problems.append(_socket_problem(config.api.socket))
     if config.tasks.allowed_cpus is not None:
@@ -125,22 +127,21 @@ def _tls_problems(plane: ControlPlaneSection) -> list[str | None]:
         except OSError as error:
             problems.append(f"control_plane.ca_file: {_cannot('read', plane.ca_file, error)}; {_CA_MEND}")
     if plane.client_cert_file is not None and plane.client_key_file is not None:
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(
-                plane.client_cert_file, plane.client_key_file, password=no_password
-            )
-        except ssl.SSLError as error:
-            problems.append(
-                f"control_plane.client_cert_file: {plane.client_cert_file} and {plane.client_key_file} are no "
-                f"certificate with its key in PEM form, without a pass phrase ({error.reason or 'not readable'}); "
-                "name the pair that was issued for this machine"
-            )
-        except OSError as error:
-            problems.append(
-                f"control_plane.client_cert_file: cannot read {plane.client_cert_file} or its key: "
-                f"{_reason(error)}; make both readable by the agent"
-            )
+        problems.append(_pair_problem("control_plane.client_cert_file", plane.client_cert_file, plane.client_key_file))
     return problems
+
+
+def _pair_problem(key: str, cert_file: Path, key_file: Path) -> str | None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(cert_file, key_file, password=no_password)
+    except ssl.SSLError as error:
+        return (
+            f"{key}: {cert_file} and {key_file} are no certificate with its key in PEM form, without a pass phrase "
+            f"({error.reason or 'not readable'}); name the pair that was issued for this machine"
+        )
+    except OSError as error:
+        return f"{key}: cannot read {cert_file} or its key: {_reason(error)}; make both readable by the agent"
+    return None
 
 
 def _tokens_file_problem(path: Path) -> str | None:

@@ -39,14 +39,13 @@ _LATER: Final[Mapping[str, Any]] = {
     },
     "spool": {"enabled": True, "dir": None, "run_as_owner": False},
     "services_dir": "/etc/remotegpu-agent/services.d",
-    "api": {"tls_cert_file": None, "tls_key_file": None},
     "results": {"s3": None},
     "webhooks": [],
     "host_operations": {},
 }
 """Keys of interface.md that this version does not act on, each with its documented default, the one value it takes."""
 
-_SECTIONS: Final = frozenset({("control_plane",), ("capacity",), ("tasks",), ("api",), ("results",)})
+_SECTIONS: Final = frozenset({("control_plane",), ("capacity",), ("tasks",), ("results",)})
 """Sections of which this version acts on other keys."""
 
 

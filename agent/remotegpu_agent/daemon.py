@@ -24,7 +24,7 @@ import structlog
 from remotegpu_agent import VERSION, host
 from remotegpu_agent.agent_operations import AgentOperations
 from remotegpu_agent.announcer import Announcer
-from remotegpu_agent.api import ApiServer, ApiSettings, Endpoints, LegacyCall, LegacyCaller
+from remotegpu_agent.api import ApiServer, ApiSettings, Endpoints, LegacyCall, LegacyCaller, TlsPair
 from remotegpu_agent.api.endpoints_file import write_endpoints
 from remotegpu_agent.audit import AuditEntry, AuditLog
 from remotegpu_agent.bookkeeping import Books
@@ -194,7 +194,7 @@ class Agent:
         self._executor.watch(started=_ignore, ended=lambda _: self._draining.look_again())
         self._standing.drain_sentence = lambda: self._draining.sentence
         self._standing.host_blocks = lambda: self._host_watch.blocks
-        self._standing.notices = lambda: self._notices
+        self._standing.notices = lambda: [*self._notices, *self._api.problems]
         self._standing.breaker_block = lambda: self._breaker.block
         self._operations = self._make_operations()
         self._api = self._make_api()
@@ -382,6 +382,7 @@ class Agent:
             clock=self._clock,
             new_id=self._outside.new_id,
             runs_as_submitter=self._config.tasks.run_as == SUBMITTER,
+            api_figures=lambda: self._api.figures,
         )
 
     def _make_api(self) -> ApiServer:
@@ -393,6 +394,7 @@ class Agent:
             socket=api.socket,
             socket_group=api.socket_group,
             tokens_file=api.tokens_file,
+            tls=TlsPair(api.tls_cert_file, api.tls_key_file) if api.tls_cert_file and api.tls_key_file else None,
             allowed_hosts=tuple(api.allowed_hosts),
             legacy_callers=tuple(
                 LegacyCaller(caller.network, frozenset(LegacyCall(call) for call in caller.allow))

@@ -38,6 +38,9 @@ class Snapshot:
     reports_waiting: int
     dead_letters: int
     loop_failures: Mapping[str, int]
+    api_connections: int
+    api_refused: Mapping[str, int]
+    """Connections and requests that a bound or a deadline of the API has ended, by reason."""
     disk_free_bytes: int | None
     inodes_free: int | None
     memory_available_bytes: int | None
@@ -91,6 +94,13 @@ class _Once(Collector):
         for part, count in sorted(now.loop_failures.items()):
             failures.add_metric([part], count)
         yield failures
+        yield _gauge("remotegpu_api_connections", "Connections to the API that are open.", now.api_connections)
+        refused = CounterMetricFamily(
+            "remotegpu_api_refused", "What bounds and deadlines of the API have ended, by reason.", labels=["reason"]
+        )
+        for reason, count in sorted(now.api_refused.items()):
+            refused.add_metric([reason], count)
+        yield refused
         readings = (
             ("remotegpu_disk_free_bytes", "Bytes free on the disk of the state directory.", now.disk_free_bytes),
             ("remotegpu_inodes_free", "Inodes free on the disk of the state directory.", now.inodes_free),

@@ -7,6 +7,7 @@ Ids may be given by unique prefix. Refusals are `Refused` with the business code
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from remotegpu_agent.task_user import Submitter
@@ -28,6 +29,14 @@ from remotegpu_schemas.states import TaskState
 from remotegpu_schemas.task import Task
 
 Stream = Literal["stdout", "stderr"]
+
+
+@dataclass(frozen=True)
+class ApiFigures:
+    """What the API says of itself: connections that are open; what its bounds and deadlines have ended, by reason."""
+
+    connections: int = 0
+    refused: Mapping[str, int] = field(default_factory=dict)
 
 
 class Operations(Protocol):

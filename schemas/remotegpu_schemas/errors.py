@@ -36,6 +36,8 @@ class Code(enum.IntEnum):
     NOT_SUPPORTED = 30025
     DEAD_LETTER_NOT_FOUND = 30026
     HOST_FULL = 30027
+    REQUEST_TIMEOUT = 30028
+    HEADERS_TOO_LARGE = 30029
     INTERNAL = 30099
 
 
@@ -74,6 +76,8 @@ CODES: Final[dict[Code, CodeInfo]] = {
     Code.NOT_SUPPORTED: CodeInfo(501, "not supported by this version", _NOT_RECEIVED),
     Code.DEAD_LETTER_NOT_FOUND: CodeInfo(404, "no such dead letter", _NOT_RECEIVED),
     Code.HOST_FULL: CodeInfo(503, "this host has no room for another task", _NOT_RECEIVED),
+    Code.REQUEST_TIMEOUT: CodeInfo(408, "the request did not arrive in time", _NOT_RECEIVED),
+    Code.HEADERS_TOO_LARGE: CodeInfo(431, "request line or headers too large", _NOT_RECEIVED),
     Code.INTERNAL: CodeInfo(500, "internal error", "retries with backoff"),
 }
 
@@ -103,8 +107,9 @@ class Misconfigured(AgentError):
 
 
 class Refused(AgentError):
-    """A business refusal with its code; the API answers with it, the CLI exits 5."""
+    """A business refusal with its code; the API answers with it, the CLI exits 5. `retry_after_s`: come again then."""
 
-    def __init__(self, code: Code, message: str | None = None) -> None:
+    def __init__(self, code: Code, message: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message or CODES[code].meaning)
         self.code = code
+        self.retry_after_s = retry_after_s

@@ -71,6 +71,32 @@ PROGRESS_TAIL_MAX_BYTES = 4 * KIB
 
 # The agent's own API.
 API_BODY_MAX_BYTES = 4 * MIB
+API_LINE_MAX_BYTES = 16 * KIB
+"""One request line: long enough that an absurd id still gets an answer that says what is wrong with it."""
+API_FIELD_MAX_BYTES = 8 * KIB
+API_HEADERS_MAX_COUNT = 64
+API_HEADERS_MAX_BYTES = 64 * KIB
+"""Request line and headers of a request that is not yet whole: what a client that never ends them can make us keep."""
+API_TCP_CONNECTIONS_MAX = 256
+API_TCP_CONNECTIONS_PER_PEER_MAX = 128
+API_UNIX_CONNECTIONS_MAX = 256
+API_UNIX_CONNECTIONS_PER_USER_MAX = 192
+"""Together half of the 1,024 descriptors that a process has as a rule (RLIMIT_NOFILE), so that the other half is there
+for the tasks. The Unix socket's are its own: what happens on TCP takes none of them. A `wait` holds one."""
+API_BACKLOG_MAX = 1024
+"""Connections that the kernel keeps until they are accepted; beyond it a client tries again after a second (listen(2)).
+With 128, a thousand that came at once made one in a hundred others wait for that second."""
+API_SOCKET_BUFFER_BYTES = 128 * KIB
+"""Asked for each way; Linux doubles it. By itself it would give up to 4 MiB to a client that does not read (tcp_wmem),
+and a slow one's progress would be seen in steps of a third of that."""
+API_AUTH_FAILURES_BURST = 20
+API_AUTH_FAILURES_PER_S = 0.5
+"""Failed authentications of one address that are answered and logged each: a person's mistakes, or a job's with an old
+token every two seconds."""
+API_AUTH_FAILURE_ADDRESSES_MAX = 4096
+"""So many addresses are remembered for it; the one that has not failed for the longest is forgotten."""
+TOKEN_ADVISED_MIN_CHARS = 16
+"""Random characters of 6 bits: 96 bits are out of reach of guessing over HTTP. Shorter ones are warned about."""
 TOKENS_FILE_MAX_BYTES = 64 * KIB
 AUDIT_LINE_MAX_BYTES = 4 * KIB
 """Holds ids, a path and a reason; appends of one page do not interleave in practice."""

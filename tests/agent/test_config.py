@@ -408,6 +408,8 @@ def test_wrong_values(text: str, message: str) -> None:
         ("api: {listen: '0.0.0.0:8090'}", "'api.listen' is reachable from other hosts"),
         ("api: {listen: '[::]:8090'}", "name the accepted tokens in 'api.tokens_file'"),
         ("api: {listen: null, socket: null}", "nobody could reach the agent"),
+        ("api: {tls_cert_file: /x}", "'api.tls_cert_file' needs 'api.tls_key_file' beside it"),
+        ("api: {tls_key_file: /x}", "'api.tls_key_file' needs 'api.tls_cert_file' beside it"),
     ],
 )
 def test_contradictions(text: str, message: str) -> None:
@@ -442,7 +444,6 @@ def test_all_mistakes_at_once() -> None:
         ("capacity: {prefetch: 1}", "leave it out, or at 0"),
         ("spool: {enabled: false}", "leave it out, or at true"),
         ("spool: {enabled: 1}", "leave it out, or at true"),
-        ("api: {tls_cert_file: /x}", "leave it out, or at null"),
         ("host_operations: {ssh: {enabled: true}}", "'host_operations' is not supported"),
         ("gpus: off", "'gpus' is not supported by this version"),
     ],

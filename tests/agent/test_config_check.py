@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from remotegpu_agent.config import Config, check_files, read_control_plane_token, token_path
 from remotegpu_agent.config_check import TOKEN_MAX_BYTES, check_token, read_token
@@ -236,6 +237,19 @@ def test_bad_client_certificate(tmp_path: Path, token_file: Path) -> None:
     problem = problem_of(config)
     assert problem.startswith(f"control_plane.client_cert_file: {cert} and {key} are no certificate with its key")
     assert problem.endswith("name the pair that was issued for this machine")
+
+
+def test_bad_certificate_of_the_api(tmp_path: Path) -> None:
+    """So is the agent's own; a pair that belongs together is none."""
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    config = config_of(tmp_path, api={"tls_cert_file": cert, "tls_key_file": key})
+    assert f"api.tls_cert_file: cannot read {cert} or its key: No such file" in problem_of(config)
+    issued = trustme.CA().issue_cert("localhost")
+    issued.private_key_pem.write_to_path(str(key))
+    cert.write_text("garbage")
+    assert problem_of(config).startswith(f"api.tls_cert_file: {cert} and {key} are no certificate with its key")
+    issued.cert_chain_pems[0].write_to_path(str(cert))
+    assert check_files(config, {}) == []
 
 
 # --- tokens of the API ---------------------------------------------------------------------------------------------

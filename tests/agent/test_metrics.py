@@ -24,6 +24,8 @@ SNAPSHOT = metrics.Snapshot(
     reports_waiting=7,
     dead_letters=1,
     loop_failures={"claims": 2},
+    api_connections=5,
+    api_refused={"idle": 4, "slow_headers": 0},
     disk_free_bytes=1 << 30,
     inodes_free=None,
     memory_available_bytes=1 << 31,
@@ -46,6 +48,9 @@ def test_every_figure_is_there_once_with_its_value() -> None:
     problems = {key[1]: value for key, value in samples.items() if key[0] == "remotegpu_control_plane_problem"}
     assert problems == {str(problem): int(problem is Problem.TOKEN_REFUSED) for problem in Problem}
     assert samples["remotegpu_part_failures_total", "claims"] == 2
+    assert samples[("remotegpu_api_connections",)] == 5
+    assert samples["remotegpu_api_refused_total", "idle"] == 4
+    assert samples["remotegpu_api_refused_total", "slow_headers"] == 0
     assert samples[("remotegpu_disk_free_bytes",)] == 1 << 30
     assert ("remotegpu_inodes_free",) not in samples
 

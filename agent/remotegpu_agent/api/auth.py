@@ -11,8 +11,8 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol, TypeAlias
 
-from remotegpu_agent.api.settings import IpAddress, LegacyCall, LegacyCaller
-from remotegpu_agent.api.tokens import Role, TokenSet
+from remotegpu_agent.api.settings import IpAddress, IpNetwork, LegacyCall, LegacyCaller
+from remotegpu_agent.api.tokens import Role, Token
 from remotegpu_schemas.errors import Code, Refused
 
 READING_METHODS: Final = frozenset({"GET", "HEAD"})
@@ -62,11 +62,19 @@ class Caller:
     """The user of this host, for callers of the Unix socket."""
 
 
+class Tokens(Protocol):
+    """The tokens that are accepted now."""
+
+    def find(self, candidate: str) -> Token | None:
+        """The token that equals `candidate`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """Who is known to this agent."""
 
-    tokens: TokenSet
+    tokens: Tokens
     own_uid: int
     group_id: int | None
     legacy_callers: Sequence[LegacyCaller]
@@ -88,6 +96,13 @@ def network_peer(address: str) -> NetworkPeer:
     parsed = ipaddress.ip_address(address)
     mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
     return NetworkPeer(mapped or parsed)
+
+
+def peer_key(peer: NetworkPeer) -> IpAddress | IpNetwork:
+    """Whom bounds count as one: an IPv4 address, or the /64 that one IPv6 host may fill at will (RFC 4291, 2.5.4)."""
+    if isinstance(peer.address, ipaddress.IPv6Address):
+        return ipaddress.IPv6Network((peer.address, 64), strict=False)
+    return peer.address
 
 
 def source_of(peer: Peer) -> str:

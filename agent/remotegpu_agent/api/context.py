@@ -11,6 +11,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from remotegpu_agent.api.auth import Caller, Rules
+from remotegpu_agent.api.failures import Failures
 from remotegpu_agent.api.settings import ApiSettings, LegacyCall
 from remotegpu_agent.audit import AuditLog
 from remotegpu_agent.operations import Operations
@@ -59,6 +60,7 @@ class Context:
     now: Callable[[], float]
     own_pid: int
     followers: Followers
+    failures: Failures
     stopping: asyncio.Event
     routes: Mapping[object, Route]
     """By the resource's route object of aiohttp."""

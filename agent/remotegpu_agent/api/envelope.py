@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import http
 from typing import Final
 
 from aiohttp import web
@@ -10,6 +11,9 @@ from pydantic import SerializeAsAny
 
 from remotegpu_schemas.api import Envelope, Message
 from remotegpu_schemas.errors import CODES, Code
+
+HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "remotegpu-agent"}
+"""What every answer says: nothing here is for a cache, or to be guessed at, and the program is named, no more."""
 
 MESSAGE_MAX_CHARS: Final = 64 * 1024
 """A refused task file's whole report fits."""
@@ -37,6 +41,22 @@ def bare(data: Message) -> web.Response:
 def failure(code: Code, message: str, now: float) -> web.Response:
     """An error, with the HTTP status of its code."""
     return _json(failure_text(code, message, now), CODES[code].http_status)
+
+
+def failure_bytes(code: Code, message: str, now: float, retry_after_s: int | None = None) -> bytes:
+    """The same as raw HTTP, for where there is no request to answer; the connection is to be closed after it."""
+    body = failure_text(code, message, now).encode("utf-8")
+    status = http.HTTPStatus(CODES[code].http_status)
+    headers = {
+        "Content-Type": "application/json; charset=utf-8",
+        "Content-Length": str(len(body)),
+        "Connection": "close",
+        **HEADERS,
+    }
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(retry_after_s)
+    lines = [f"HTTP/1.1 {status.value} {status.phrase}", *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join((*lines, "", "")).encode("ascii") + body
 
 
 def failure_text(code: Code, message: str, now: float) -> str:

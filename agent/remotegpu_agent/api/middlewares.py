@@ -16,10 +16,19 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
-from remotegpu_agent.api.auth import READING_METHODS, LocalPeer, NetworkPeer, Peer, identify, local_peer, network_peer
+from remotegpu_agent.api.auth import (
+    READING_METHODS,
+    LocalPeer,
+    NetworkPeer,
+    Peer,
+    identify,
+    local_peer,
+    network_peer,
+    peer_key,
+)
 from remotegpu_agent.api.context import AUDIT_DETAIL, CALLER, Context, Route, context_of
 from remotegpu_agent.api.envelope import failure
-from remotegpu_agent.api.origins import check_host, check_origin
+from remotegpu_agent.api.origins import check_host, check_origin, check_site
 from remotegpu_agent.audit import AuditEntry
 from remotegpu_schemas.errors import Code, Refused, Retryable
 
@@ -29,6 +38,7 @@ _RETRY_AFTER_S: Final = 5.0
 _HEADERS: Final = {
     Code.UNAUTHORIZED: {"WWW-Authenticate": 'Bearer realm="remotegpu-agent"'},
     Code.RATE_LIMITED: {"Retry-After": "5"},
+    Code.REQUEST_TIMEOUT: {"Connection": "close"},
 }
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger(__name__)
@@ -94,12 +104,15 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         check_host(host, context.host_names)
         if request.method not in READING_METHODS:
             check_origin(request.headers.get("Origin"), host)
+            check_site(request.headers.get("Sec-Fetch-Site"))
     route = context.routes.get(request.match_info.route)
     if route is not None and route.is_public:
         return await handler(request)
     try:
         caller = identify(context.rules, peer, request.headers, request.method, route.legacy_call if route else None)
     except Refused as refusal:
+        if isinstance(peer, NetworkPeer) and refusal.code is Code.UNAUTHORIZED:
+            _count_failure(context, request, peer)
         _log_refused(request, peer, route, refusal)
         raise
     request[CALLER] = caller
@@ -112,6 +125,10 @@ async def read_body(request: web.Request, handler: Handler) -> web.StreamRespons
     """Have the whole body in memory before the handler runs: at most `body_max_bytes`, within `body_deadline_s`."""
     if request.can_read_body:
         settings = context_of(request).settings
+        encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding not in {"", "identity"}:
+            # Nothing is unpacked here, so that no small body becomes a huge one.
+            raise Refused(Code.INVALID_PARAMETERS, "a request body is sent as it is, without Content-Encoding")
         if (request.content_length or 0) > settings.body_max_bytes:
             raise Refused(Code.PAYLOAD_TOO_LARGE, f"a request body has at most {settings.body_max_bytes} bytes")
         try:
@@ -119,7 +136,7 @@ async def read_body(request: web.Request, handler: Handler) -> web.StreamRespons
                 await request.read()
         except TimeoutError as error:
             raise Refused(
-                Code.INVALID_PARAMETERS, f"the request body did not arrive within {settings.body_deadline_s:g} s"
+                Code.REQUEST_TIMEOUT, f"the request body did not arrive within {settings.body_deadline_s:g} s"
             ) from error
         except (web.RequestPayloadError, HttpProcessingError, ConnectionError) as error:
             raise Refused(Code.INVALID_PARAMETERS, "the request body ended early or is badly encoded") from error
@@ -132,6 +149,8 @@ async def _respond(context: Context, request: web.Request, handler: Handler) -> 
         return Code.OK, "", await handler(request)
     except Refused as refusal:
         code, message = refusal.code, str(refusal)
+        if refusal.retry_after_s is not None:
+            headers = {"Retry-After": str(math.ceil(refusal.retry_after_s))}
     except web.HTTPException as error:
         code, message = _of_http(context, error)
         headers = {name: error.headers[name] for name in ("Allow",) if name in error.headers}
@@ -160,6 +179,20 @@ def _of_http(context: Context, error: web.HTTPException) -> tuple[Code, str]:
             return Code.PAYLOAD_TOO_LARGE, f"a request body has at most {context.settings.body_max_bytes} bytes"
         case _:
             return Code.INVALID_PARAMETERS, error.reason
+
+
+def _count_failure(context: Context, request: web.Request, peer: NetworkPeer) -> None:
+    """One more that was not let in; raises Refused(RATE_LIMITED) instead when its address has failed too often."""
+    failure = context.failures.note(peer_key(peer), asyncio.get_running_loop().time())
+    if failure.retry_after_s == 0:
+        return
+    if failure.is_first_refused:
+        log.warning("api_callers_limited", source=str(peer.address), method=request.method, until_it_pauses=True)
+    raise Refused(
+        Code.RATE_LIMITED,
+        "too many requests without a right token from this address; one with a right token is served",
+        failure.retry_after_s,
+    )
 
 
 def _log_refused(request: web.Request, peer: Peer, route: Route | None, refusal: Refused) -> None:

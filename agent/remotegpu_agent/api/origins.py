@@ -45,6 +45,16 @@ def check_origin(origin: str | None, host: str | None) -> None:
     raise Refused(Code.FORBIDDEN, f"a page of {origin[:_SHOWN_MAX_CHARS]!r} may not change anything here")
 
 
+def check_site(fetch_site: str | None) -> None:
+    """Refuse a change of state that a browser says another site asks for (Sec-Fetch-Site; W3C Fetch Metadata).
+
+    Browsers say so where they send no Origin, too; who types an address himself is `none`. Raises Refused(FORBIDDEN).
+    """
+    if fetch_site is None or fetch_site.strip().lower() in {"same-origin", "none"}:
+        return
+    raise Refused(Code.FORBIDDEN, "a page of another site may not change anything here")
+
+
 def _name_of(host: str) -> str | None:
     try:
         return urllib.parse.urlsplit(f"//{host}").hostname

@@ -15,19 +15,20 @@ from aiohttp import web
 
 from remotegpu_agent.api import middlewares
 from remotegpu_agent.api.auth import Rules
+from remotegpu_agent.api.connection import Patience
 from remotegpu_agent.api.context import CONTEXT, Context, Followers, Route
+from remotegpu_agent.api.credentials import Credentials
+from remotegpu_agent.api.envelope import HEADERS
+from remotegpu_agent.api.failures import Failures
+from remotegpu_agent.api.listener import Ended, Listener
 from remotegpu_agent.api.origins import own_names
 from remotegpu_agent.api.routes import BASE_PATH, ROUTES
-from remotegpu_agent.api.settings import (
-    REQUEST_LINE_MAX_BYTES,
-    STOP_PATIENCE_S,
-    ApiSettings,
-    Endpoints,
-)
+from remotegpu_agent.api.settings import STOP_PATIENCE_S, ApiSettings, Endpoints
 from remotegpu_agent.api.sockets import group_id_of, open_tcp, open_unix, parse_listen, remove_unix, url_of
-from remotegpu_agent.api.tokens import TokenSet, load_tokens, make_token_file
+from remotegpu_agent.api.tokens import make_token_file
 from remotegpu_agent.audit import AuditLog
-from remotegpu_agent.operations import Operations
+from remotegpu_agent.operations import ApiFigures, Operations
+from remotegpu_schemas import limits
 from remotegpu_schemas.errors import Misconfigured
 
 DEFAULT_TOKENS_FILE: Final = "api-token"
@@ -53,7 +54,15 @@ class ApiServer:
         self._stopping = asyncio.Event()
         self._pending: set[asyncio.Task[web.StreamResponse]] = set()
         self._followers = Followers(settings.followers_max)
+        self._failures = Failures(
+            burst=settings.auth_failures_burst,
+            per_s=limits.API_AUTH_FAILURES_PER_S,
+            places=limits.API_AUTH_FAILURE_ADDRESSES_MAX,
+        )
+        self._credentials: Credentials | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._runner: web.AppRunner | None = None
+        self._listeners: list[Listener] = []
         self._sockets: list[socket.socket] = []
         self._socket_inode: int | None = None
         self._endpoints = Endpoints(None, None)
@@ -68,15 +77,29 @@ class ApiServer:
         """Clients that follow output now."""
         return self._followers.count
 
+    @property
+    def figures(self) -> ApiFigures:
+        """How many there are, and what bounds and deadlines have ended so far."""
+        refused = {str(reason): 0 for reason in Ended} | {"auth_failures": self._failures.refused_count}
+        for listener in self._listeners:
+            for reason, count in listener.ended.items():
+                refused[reason] += count
+        return ApiFigures(sum(listener.connection_count for listener in self._listeners), refused)
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with files that were changed and so not read again; each a sentence."""
+        return self._credentials.problems if self._credentials is not None else []
+
     async def start(self) -> Endpoints:
         """Open the sockets, make the token file if it is due, and serve.
 
         Raises Misconfigured, with nothing left open.
         """
         try:
-            tokens = self._load_tokens()
+            self._credentials = self._load_credentials()
             self._endpoints = self._open_sockets()
-            await self._serve(tokens)
+            await self._serve(self._credentials)
         except BaseException:
             await self.stop()
             raise
@@ -88,16 +111,21 @@ class ApiServer:
     async def stop(self) -> None:
         """Stop serving: long polls and streams end at once, the rest gets a moment. Safe to call twice."""
         self._stopping.set()
-        if self._runner is not None:
-            runner, self._runner = self._runner, None
-            for site in runner.sites:
-                await site.stop()
-            await self._end_changes()
-            await runner.cleanup()
-            await self._end_changes()
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        for listener in self._listeners:
+            await listener.stop()
         for sock in self._sockets:
             sock.close()
         self._sockets.clear()
+        if self._runner is not None:
+            runner, self._runner = self._runner, None
+            await self._end_changes()
+            await runner.cleanup()
+            await self._end_changes()
+        for listener in self._listeners:
+            listener.close()
         if self._settings.socket is not None and self._socket_inode is not None:
             remove_unix(self._settings.socket, self._socket_inode)
             self._socket_inode = None
@@ -109,12 +137,12 @@ class ApiServer:
             change.cancel()
         await asyncio.gather(*self._pending, return_exceptions=True)
 
-    def _load_tokens(self) -> TokenSet:
-        if self._settings.tokens_file is not None:
-            return load_tokens(self._settings.tokens_file)
-        path = self._settings.state_dir / DEFAULT_TOKENS_FILE
-        make_token_file(path)
-        return load_tokens(path)
+    def _load_credentials(self) -> Credentials:
+        path = self._settings.tokens_file
+        if path is None:
+            path = self._settings.state_dir / DEFAULT_TOKENS_FILE
+            make_token_file(path)
+        return Credentials(path, self._settings.tls if self._settings.listen is not None else None)
 
     def _open_sockets(self) -> Endpoints:
         url: str | None = None
@@ -126,28 +154,35 @@ class ApiServer:
                     "api.tokens_file, or listen on 127.0.0.1"
                 )
             self._sockets.append(open_tcp(address, port))
-            url = url_of(self._sockets[-1])
+            url = url_of(self._sockets[-1], is_tls=self._settings.tls is not None)
         path: Path | None = self._settings.socket
         if path is not None:
             self._sockets.append(open_unix(path, group_id_of(self._settings.socket_group)))
             self._socket_inode = path.lstat().st_ino
         return Endpoints(url, path)
 
-    async def _serve(self, tokens: TokenSet) -> None:
+    async def _serve(self, credentials: Credentials) -> None:
+        settings = self._settings
         self._runner = web.AppRunner(
-            self._application(tokens),
-            access_log=None,
-            handler_cancellation=True,
-            shutdown_timeout=STOP_PATIENCE_S,
-            lingering_time=STOP_PATIENCE_S,
-            max_line_size=REQUEST_LINE_MAX_BYTES,
-            auto_decompress=False,
+            self._application(credentials), handler_cancellation=True, shutdown_timeout=STOP_PATIENCE_S
         )
         await self._runner.setup()
+        assert self._runner.server is not None
         for sock in self._sockets:
-            await web.SockSite(self._runner, sock).start()
+            is_unix = sock.family is socket.AF_UNIX
+            listener = Listener(
+                sock,
+                self._runner.server,
+                bounds=settings.unix_bounds if is_unix else settings.tcp_bounds,
+                patience=Patience(settings.headers_deadline_s, settings.idle_s, settings.slow_reader_s),
+                wall_s=self._now,
+                tls=_no_tls if is_unix else lambda: credentials.tls,
+            )
+            listener.start()
+            self._listeners.append(listener)
+        self._watching = asyncio.create_task(credentials.watch(settings.look_at_files_s), name="api-credentials")
 
-    def _application(self, tokens: TokenSet) -> web.Application:
+    def _application(self, credentials: Credentials) -> web.Application:
         app = web.Application(
             middlewares=[middlewares.outlive_caller, middlewares.answer, middlewares.guard, middlewares.read_body],
             client_max_size=self._settings.body_max_bytes,
@@ -162,7 +197,7 @@ class ApiServer:
             operations=self._operations,
             settings=self._settings,
             rules=Rules(
-                tokens=tokens,
+                tokens=credentials,
                 own_uid=os.geteuid(),
                 group_id=group_id_of(self._settings.socket_group),
                 legacy_callers=self._settings.legacy_callers,
@@ -172,6 +207,7 @@ class ApiServer:
             now=self._now,
             own_pid=os.getpid(),
             followers=self._followers,
+            failures=self._failures,
             stopping=self._stopping,
             routes=routes,
             pending=self._pending,
@@ -181,7 +217,8 @@ class ApiServer:
 
 
 async def _set_headers(_request: web.Request, response: web.StreamResponse) -> None:
-    """What every answer says: nothing here is for a cache, or to be guessed at, and the program is named, no more."""
-    response.headers["Cache-Control"] = "no-store"
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["Server"] = "remotegpu-agent"
+    response.headers.update(HEADERS)
+
+
+def _no_tls() -> None:
+    """The Unix socket stays on this host."""

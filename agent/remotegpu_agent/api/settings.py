@@ -8,6 +8,8 @@ import ipaddress
 from pathlib import Path
 from typing import Final, TypeAlias
 
+from remotegpu_agent.api.credentials import TlsPair
+from remotegpu_agent.api.places import Bounds
 from remotegpu_schemas import limits
 
 IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -23,10 +25,20 @@ KEEP_ALIVE_S: Final = 15.0
 """A silent event stream sends a comment this often, so that proxies keep it and dead clients are found."""
 
 SLOW_READER_S: Final = 30.0
-"""A client that does not take one event for this long loses its stream: its place is wanted."""
+"""A client that takes next to nothing of what waits for it for this long loses its connection: its place is wanted."""
 
-REQUEST_LINE_MAX_BYTES: Final = 16 * limits.KIB
-"""Long enough that an absurd id still gets an answer that says what is wrong with it."""
+HEADERS_DEADLINE_S: Final = 10.0
+"""The headers of a request arrive within this time of their first byte, and the first byte, or a TLS handshake, within
+this time of the connection."""
+
+IDLE_S: Final = 75.0
+"""An idle connection is kept for another request for so long; clients' pools give theirs up before that as a rule."""
+
+TCP_BOUNDS: Final = Bounds(limits.API_TCP_CONNECTIONS_MAX, limits.API_TCP_CONNECTIONS_PER_PEER_MAX)
+UNIX_BOUNDS: Final = Bounds(limits.API_UNIX_CONNECTIONS_MAX, limits.API_UNIX_CONNECTIONS_PER_USER_MAX)
+
+LOOK_AT_FILES_S: Final = 5.0
+"""A token that was taken out of its file is refused at most this much later, and the time to read it."""
 
 STOP_PATIENCE_S: Final = 1.0
 """How long requests that are being answered may take when the server stops."""
@@ -64,10 +76,18 @@ class ApiSettings:
     socket_group: str = SOCKET_GROUP
     tokens_file: Path | None = None
     """None means `<state_dir>/api-token`, made at the first start."""
+    tls: TlsPair | None = None
+    """None is HTTP without TLS; the Unix socket never has it."""
     allowed_hosts: tuple[str, ...] = ()
     legacy_callers: tuple[LegacyCaller, ...] = ()
     body_max_bytes: int = limits.API_BODY_MAX_BYTES
     body_deadline_s: float = BODY_DEADLINE_S
+    headers_deadline_s: float = HEADERS_DEADLINE_S
+    idle_s: float = IDLE_S
+    look_at_files_s: float = LOOK_AT_FILES_S
+    tcp_bounds: Bounds = TCP_BOUNDS
+    unix_bounds: Bounds = UNIX_BOUNDS
+    auth_failures_burst: int = limits.API_AUTH_FAILURES_BURST
     followers_max: int = limits.API_FOLLOWERS_MAX
     keep_alive_s: float = KEEP_ALIVE_S
     slow_reader_s: float = SLOW_READER_S

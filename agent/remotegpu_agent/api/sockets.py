@@ -14,8 +14,7 @@ import structlog
 
 from remotegpu_agent.api.settings import IpAddress
 from remotegpu_schemas.errors import Misconfigured
-
-BACKLOG = 128
+from remotegpu_schemas.limits import API_BACKLOG_MAX, API_SOCKET_BUFFER_BYTES
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger(__name__)
 
@@ -41,15 +40,21 @@ def open_tcp(address: IpAddress, port: int) -> socket.socket:
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
     is_dual = address == ipaddress.IPv6Address("::") and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((str(address), port), family=family, backlog=BACKLOG, dualstack_ipv6=is_dual)
+        sock = socket.create_server(
+            (str(address), port), family=family, backlog=API_BACKLOG_MAX, dualstack_ipv6=is_dual
+        )
     except OSError as error:
         raise Misconfigured(f"api.listen: {_tcp_problem(error, address, port)}") from error
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # for those that are accepted (socket(7), tcp(7))
+        sock.setsockopt(socket.SOL_SOCKET, option, API_SOCKET_BUFFER_BYTES)
+    return sock
 
 
-def url_of(sock: socket.socket) -> str:
+def url_of(sock: socket.socket, *, is_tls: bool = False) -> str:
     """The base URL of a listening TCP socket."""
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if is_tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def open_unix(path: Path, group_id: int | None) -> socket.socket:
@@ -65,7 +70,7 @@ def open_unix(path: Path, group_id: int | None) -> socket.socket:
             _bind_closed(sock, path)
             _hand_to_group(path, group_id)
             path.chmod(0o660)
-            sock.listen(BACKLOG)
+            sock.listen(API_BACKLOG_MAX)
         except BaseException:
             sock.close()
             raise

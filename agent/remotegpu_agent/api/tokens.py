@@ -15,7 +15,7 @@ from typing import Final
 import structlog
 
 from remotegpu_schemas.errors import Misconfigured
-from remotegpu_schemas.limits import TOKENS_FILE_MAX_BYTES
+from remotegpu_schemas.limits import TOKEN_ADVISED_MIN_CHARS, TOKENS_FILE_MAX_BYTES
 
 DEFAULT_TOKEN_NAME: Final = "operator"
 
@@ -36,6 +36,8 @@ class Token:
     name: str
     role: Role
     digest: bytes = dataclasses.field(repr=False)
+    is_short: bool = False
+    """So short that it could be guessed: who guesses is slowed down by nothing but the length of tokens."""
 
 
 class TokenSet:
@@ -86,6 +88,9 @@ def load_tokens(path: Path) -> TokenSet:
     ]
     if not tokens:
         raise Misconfigured(f"api.tokens_file: {path} has no token; write one a line, as name:role:token")
+    short = sorted({token.name for token in tokens if token.is_short})
+    if short:
+        log.warning("tokens_short", path=str(path), names=short, mend="make longer ones by `remotegpu-agent token new`")
     return TokenSet(tokens)
 
 
@@ -111,7 +116,7 @@ def make_token_file(path: Path) -> None:
 def _parse_line(path: Path, number: int, line: str) -> Token:
     where = f"api.tokens_file: {path}, line {number}"
     if ":" not in line:
-        return Token(DEFAULT_TOKEN_NAME, Role.OPERATE, digest_of(line))
+        return _token(DEFAULT_TOKEN_NAME, Role.OPERATE, line)
     parts = line.split(":", 2)
     if len(parts) != 3 or not parts[0] or not parts[2]:
         raise Misconfigured(f"{where}: not name:role:token, and not a bare token without a colon")
@@ -119,4 +124,8 @@ def _parse_line(path: Path, number: int, line: str) -> Token:
         role = Role(parts[1])
     except ValueError as error:
         raise Misconfigured(f"{where}: the role between the colons must be 'read' or 'operate'") from error
-    return Token(parts[0], role, digest_of(parts[2]))
+    return _token(parts[0], role, parts[2])
+
+
+def _token(name: str, role: Role, text: str) -> Token:
+    return Token(name, role, digest_of(text), is_short=len(text) < TOKEN_ADVISED_MIN_CHARS)

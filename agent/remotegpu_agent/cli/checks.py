@@ -224,7 +224,7 @@ def _secrets(config: Config, options: Globals) -> Iterator[Check]:
     from remotegpu_agent.config import token_path
 
     paths = [token_path(config, options.environ) if config.control_plane.url else None, config.api.tokens_file]
-    paths.append(config.control_plane.client_key_file)
+    paths += [config.control_plane.client_key_file, config.api.tls_key_file]
     for path in paths:
         try:
             mode = path.stat().st_mode & 0o777 if path is not None else 0

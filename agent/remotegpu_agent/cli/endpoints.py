@@ -91,7 +91,11 @@ def _of_config(config: Path, token_file: Path | None, environ: Mapping[str, str]
         socket = _get(api, "socket", DEFAULT_SOCKET)
         if socket is not None:
             found.append(Endpoint("api.socket", socket=str(socket)))
-    url = written.get("url") if written else _url_of(_get(api, "listen", "127.0.0.1:8090"))
+    url = (
+        written.get("url")
+        if written
+        else _url_of(_get(api, "listen", "127.0.0.1:8090"), has_tls=_get(api, "tls_cert_file") is not None)
+    )
     token = _config_token(token_file, _get(api, "tokens_file") or state_dir / "api-token")
     if url and (token is not None or not found):
         found.append(Endpoint("endpoints.json" if written else "api.listen", url=str(url), token=token))
@@ -102,8 +106,12 @@ def _get(section: object, key: str, default: str | None = None) -> object:
     return section.get(key, default) if isinstance(section, dict) else default
 
 
-def _url_of(listen: object) -> str | None:
-    return f"http://{listen}" if isinstance(listen, str) and not listen.endswith(":0") else None
+def _url_of(listen: object, *, has_tls: bool) -> str | None:
+    return (
+        f"{'https' if has_tls else 'http'}://{listen}"
+        if isinstance(listen, str) and not listen.endswith(":0")
+        else None
+    )
 
 
 def _config_token(token_file: Path | None, fallback: object) -> str | None:

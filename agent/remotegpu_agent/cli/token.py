@@ -39,7 +39,7 @@ def new(
         print_json({"name": name, "role": role, "token": token, "line": line})
     elif append is not None:
         print(token)
-        say(f"added to {append}; the agent reads it when it starts")
+        say(f"added to {append}; a running agent takes it within seconds")
     else:
         print(line)
 

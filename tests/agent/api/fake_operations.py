@@ -104,6 +104,7 @@ class FakeOperations:
         self.submit_may_go.set()
         self.stop_may_go = asyncio.Event()
         self.stop_may_go.set()
+        self.log_text = "hello\n"
         self.chunks: asyncio.Queue[LogChunk | Exception] = asyncio.Queue()
         self.follower_opened = asyncio.Event()
         self.follower_closed = asyncio.Event()
@@ -191,7 +192,7 @@ class FakeOperations:
         """As it says."""
         self._called("read_log", stream=stream, offset=offset, limit=limit, run_no=run_no)
         self._known(task_id)
-        return chunk("hello\n")
+        return chunk(self.log_text)
 
     async def follow_log(
         self, task_id: str, *, stream: Stream, offset: int, run_no: int | None

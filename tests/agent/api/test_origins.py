@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from remotegpu_agent.api.origins import check_host, check_origin, own_names
+from remotegpu_agent.api.origins import check_host, check_origin, check_site, own_names
 from remotegpu_schemas.errors import Code, Refused
 
 NAMES = own_names("gpu-1.fleet.example", ["Allowed.Example."])
@@ -70,4 +70,18 @@ def test_strange_pages(origin: str, host: str | None) -> None:
     """Another host, another port, a sandboxed frame."""
     with pytest.raises(Refused) as caught:
         check_origin(origin, host)
+    assert caught.value.code is Code.FORBIDDEN
+
+
+@pytest.mark.parametrize("site", [None, "same-origin", "none", " Same-Origin "])
+def test_our_site(site: str | None) -> None:
+    """No browser, the agent's own page, and who typed the address."""
+    check_site(site)
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "", "nonsense"])
+def test_strange_sites(site: str) -> None:
+    """Another site, and another host of the same one."""
+    with pytest.raises(Refused) as caught:
+        check_site(site)
     assert caught.value.code is Code.FORBIDDEN

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import socket
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,8 @@ async def test_an_error_of_system_info_comes_in_the_envelope(api: Api) -> None:
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-async def test_a_huge_body_is_refused(start_api: StartApi, is_chunked: bool) -> None:
-    """F35: a body above the bound is 413, whether its length is declared or not; nothing reaches the queue."""
+async def test_f35_a_huge_body_is_refused(start_api: StartApi, is_chunked: bool) -> None:
+    """A body above the bound is 413, whether its length is declared or not; nothing reaches the queue."""
     body = b"x" * 200_000
 
     async def pieces() -> Any:
@@ -130,8 +131,8 @@ async def test_a_huge_body_is_refused(start_api: StartApi, is_chunked: bool) -> 
         assert api.operations.calls == []
 
 
-async def test_a_declared_huge_body_is_refused_before_it_is_sent(api: Api) -> None:
-    """F35: who declares 100 GB is refused by the header alone."""
+async def test_f35_a_declared_huge_body_is_refused_before_it_is_sent(api: Api) -> None:
+    """Who declares 100 GB is refused by the header alone."""
     head = (
         "POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX-Agent-Token: operator-secret\r\n"
         f"Content-Length: {10**11}\r\n\r\n"
@@ -141,21 +142,21 @@ async def test_a_declared_huge_body_is_refused_before_it_is_sent(api: Api) -> No
     assert b'"code":30018' in answer
 
 
-async def test_a_slow_body_is_cut_off(start_api: StartApi) -> None:
-    """F35: a body that does not come ends with its deadline, in an envelope, and the connection is closed."""
+async def test_f35_a_slow_body_is_cut_off(start_api: StartApi) -> None:
+    """A body that does not come ends with its deadline, in an envelope, and the connection is closed."""
     async with start_api(body_deadline_s=0.1) as api:
         head = (
             "POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX-Agent-Token: operator-secret\r\n"
             "Content-Length: 100\r\n\r\nonly this"
         )
         answer = await exchange(api.port, head.encode())
-        assert answer.startswith(b"HTTP/1.1 400 ")
-        assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == 30005
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == 30028
         assert api.operations.calls == []
 
 
-async def test_a_body_that_breaks_off_hurts_nobody(api: Api) -> None:
-    """F35: a client that goes in the middle of its body leaves nothing behind, and others are served."""
+async def test_f35_a_body_that_breaks_off_hurts_nobody(api: Api) -> None:
+    """A client that goes in the middle of its body leaves nothing behind, and others are served."""
     reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
     writer.write(b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX-Agent-Token: operator-secret\r\n")
     writer.write(b"Content-Length: 100\r\n\r\nonly this")
@@ -168,8 +169,8 @@ async def test_a_body_that_breaks_off_hurts_nobody(api: Api) -> None:
 
 
 @pytest.mark.parametrize("body", [b"zz\r\nnonsense\r\n0\r\n\r\n", b"5\r\ntoo long\r\n0\r\n\r\n"])
-async def test_a_badly_chunked_body(start_api: StartApi, body: bytes) -> None:
-    """F35: a body that is no valid chunked encoding is a client's error, not ours."""
+async def test_f35_a_badly_chunked_body(start_api: StartApi, body: bytes) -> None:
+    """A body that is no valid chunked encoding is a client's error, not ours."""
     head = b"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX-Agent-Token: operator-secret\r\nConnection: close\r\n"
     async with start_api(body_deadline_s=0.1) as api, asyncio.timeout(20):
         reader, writer = await asyncio.open_connection("127.0.0.1", api.port)
@@ -179,29 +180,55 @@ async def test_a_badly_chunked_body(start_api: StartApi, body: bytes) -> None:
         answer = await reader.read()
         writer.close()
         await writer.wait_closed()
-        assert b" 400 " in answer.partition(b"\r\n")[0]
+        assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 408 "))
         assert api.operations.submitted == []
 
 
 @pytest.mark.parametrize(
-    "request_bytes",
+    ("request_bytes", "status", "code"),
     [
-        b"GRUMBLE /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
-        b"GET /api/v1/" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-        b"nonsense\r\n\r\n",
+        (b"GRUMBLE /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, 30005),
+        (b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nX-Secret: " + b"x" * 100_000 + b"\r\n\r\n", 431, 30029),
+        (b"GET /api/v1/" + b"x" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 431, 30029),
+        (b"GET /api/v1/ping HTTP/1.1\r\n" + b"X-Secret: a\r\n" * 100 + b"\r\n", 431, 30029),
+        (b"GET /api/v1/ping HTTP/1.1\r\nHost: localhost\r\nX-Secret\r\n\r\n", 400, 30005),
+        (b"GET /api/v1/ping HTTP/1.1\r\nHost: localhost\r\nExpect: X-Secret\r\n\r\n", 400, 30005),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400, 30005),
+        (b"X-Secret\r\n\r\n", 400, 30005),
     ],
+    ids=["method", "field", "line", "fields", "no-colon", "expect", "tls", "noise"],
 )
-async def test_what_is_no_http_is_refused(api: Api, request_bytes: bytes) -> None:
-    """F35: unknown methods, huge headers and lines, TLS and noise end with a refusal; others are served."""
+async def test_f35_what_is_no_http_is_refused(api: Api, request_bytes: bytes, status: int, code: int) -> None:
+    """Unknown methods, huge headers and lines, TLS and noise are refused in an envelope that shows none of it."""
     answer = await exchange(api.port, request_bytes)
-    assert b" 400 " in answer.partition(b"\r\n")[0]
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert is_error((int(head.split()[1]), json.loads(body)), status, code)
+    assert b"\r\nCache-Control: no-store" in head
+    assert b"secret" not in answer.lower()
     assert (await api.call("GET", "/api/v1/ping"))[0] == 200
 
 
-async def test_the_same_connection_serves_on(api: Api) -> None:
-    """F35: pipelined requests are each answered, in order, a refused one between good ones."""
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "gzip, identity"])
+async def test_f35_a_compressed_body_is_not_unpacked(api: Api, encoding: str) -> None:
+    """A small body that would become a huge one is refused by its header; nothing of it is unpacked."""
+    bomb = zlib.compress(b"\0" * 1_000_000)
+    answer = await api.call(
+        "POST", "/api/v1/tasks", data=bomb, headers=OPERATOR | {"Content-Encoding": encoding, "Content-Type": "a/b"}
+    )
+    assert is_error(answer, 400, 30005)
+    assert "Content-Encoding" in answer[1]["message"]
+    assert api.operations.calls == []
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1, 2", b"\xff\xfe", b'{"process_id": 1e999}', b"[" * 100_000, b"null"])
+async def test_f35_bad_json_is_refused(api: Api, body: bytes) -> None:
+    """What is no JSON, or nests without end, is the client's mistake; others are served."""
+    assert is_error(await api.call("POST", "/api/v1/process/stop", data=body), 400, 30005)
+    assert (await api.call("GET", "/api/v1/ping"))[0] == 200
+
+
+async def test_f35_the_same_connection_serves_on(api: Api) -> None:
+    """Pipelined requests are each answered, in order, a refused one between good ones."""
     one = b"GET /api/v1/ping HTTP/1.1\r\nHost: localhost\r\n\r\n"
     two = b"GET /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\n\r\n"
     last = b"GET /api/v1/ping HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -232,6 +259,17 @@ async def test_a_strangers_page_changes_nothing(api: Api) -> None:
     assert is_error(await api.call("POST", path + "/cancel", headers=stranger), 403, 30017)
     assert (await api.call("GET", path, headers=stranger))[0] == 200
     assert (await api.call("POST", path + "/cancel", headers=OPERATOR | {"Origin": api.url}))[0] == 200
+    assert [name for name, _ in api.operations.calls] == ["show_task", "cancel_task"]
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+async def test_a_browser_that_names_another_site_changes_nothing(api: Api, site: str) -> None:
+    """A change that the browser says another site asks for is refused, with no Origin too; reading is not."""
+    path = f"/api/v1/tasks/{TASK_ID}"
+    stranger = OPERATOR | {"Sec-Fetch-Site": site}
+    assert is_error(await api.call("POST", path + "/cancel", headers=stranger), 403, 30017)
+    assert (await api.call("GET", path, headers=stranger))[0] == 200
+    assert (await api.call("POST", path + "/cancel", headers=OPERATOR | {"Sec-Fetch-Site": "same-origin"}))[0] == 200
     assert [name for name, _ in api.operations.calls] == ["show_task", "cancel_task"]
 
 

@@ -237,3 +237,9 @@ def test_closed_socket(agent: LiveAgent) -> None:
     )
     assert done.returncode == 3
     assert "Run this as root or as a member of the group 'remotegpu'" in done.stderr
+
+
+def test_a_config_with_tls(tmp_path: Path) -> None:
+    """With a certificate the agent's address is https."""
+    config = config_at(tmp_path, "api: {socket: null, tls_cert_file: /c, tls_key_file: /k}")
+    assert find_endpoints(config, None, None, {}) == [Endpoint("api.listen", url="https://127.0.0.1:8090")]
