@@ -42,7 +42,7 @@ class ClaimedTask:
 
 @dataclass(frozen=True)
 class Granted:
-    """A claim's tasks. With `let_go` more were locked for a moment: who looked then did not see them, and looks again."""
+    """A claim's tasks. With `let_go` more were locked for a moment: who looked then saw too few, and looks again."""
 
     tasks: list[ClaimedTask]
     let_go: bool = False

@@ -177,8 +177,9 @@ async def _connect_alone(url: URL) -> Driver:
     engine = create_async_engine(url, poolclass=NullPool, connect_args=_connect_args("remotegpu plane, listening"))
     try:
         pooled = await engine.raw_connection()
+        driver = cast("Driver", pooled.driver_connection)  # SQLAlchemy cannot say which driver it is
         pooled.detach()
-        return cast("Driver", pooled.driver_connection)  # SQLAlchemy cannot say which driver it is
+        return driver
     finally:
         await engine.dispose()
 
