@@ -75,6 +75,11 @@ class Service:
         await self._leases.end()
         await self._database.close()
 
+    @property
+    def now_ms(self) -> int:
+        """The time on the plane's clock, in milliseconds."""
+        return self._settings.now_ms
+
     # --- for operators ---------------------------------------------------------------------------------------------
 
     async def enrol(self, machine_id: str, name: str = "") -> str:

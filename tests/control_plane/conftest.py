@@ -33,6 +33,13 @@ def postgres() -> Generator[Postgres]:
 
 
 @pytest.fixture
+def own_postgres() -> Generator[Postgres]:
+    """A PostgreSQL that a test may stop."""
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture
 def postgres_url(postgres: Postgres) -> str:
     """An empty database."""
     postgres.execute("DROP SCHEMA public CASCADE", "CREATE SCHEMA public", name="plane")

@@ -23,7 +23,6 @@ _TIMEOUT_S: Final = 60.0
 _OPTIONS: Final = (
     "listen_addresses=",
     "fsync=off",
-    "synchronous_commit=off",
     "full_page_writes=off",
     "autovacuum=off",
     "max_connections=200",
