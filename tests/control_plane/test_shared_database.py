@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 import aiohttp
 import pytest
@@ -46,6 +47,14 @@ def elsewhere(agent: Agent, other: Plane) -> Agent:
     return dataclasses.replace(agent, plane=other)
 
 
+async def begin_poll(agent: Agent) -> asyncio.Task[dict[str, Any]]:
+    """A long poll that has found nothing yet: a claim that came later has found nothing either."""
+    polling = asyncio.create_task(agent.claim_one(request_id="poll", wait_sec=DEADLINE_S))
+    await agent.plane.faults.wait_calls("claim", 1, DEADLINE_S)
+    assert (await agent.claim(request_id="later")).data["tasks"] == []
+    return polling
+
+
 @pytest.fixture
 def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody looks again unless told to."""
@@ -57,8 +66,7 @@ def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_task_wakes_a_poll_at_the_other_plane(no_fallback: None, elsewhere: Agent, operator: Operator) -> None:
     """A long poll at one plane gets what is submitted at the other, by its notice."""
-    polling = asyncio.create_task(elsewhere.claim_one(wait_sec=DEADLINE_S))
-    await elsewhere.plane.faults.wait_calls("claim", 1, DEADLINE_S)
+    polling = await begin_poll(elsewhere)
     [task_id] = await operator.submit()
     assert (await asyncio.wait_for(polling, DEADLINE_S / 2))["id"] == task_id
 
@@ -82,10 +90,9 @@ async def test_lost_notice_is_made_up_for(
     monkeypatch.setattr(PostgresDatabase, "announce", lambda *_: None)
     async with serve(dataclasses.replace(operator.plane.settings, port=0)) as deaf:
         agent = dataclasses.replace(elsewhere, plane=deaf)
-        polling = asyncio.create_task(agent.claim_one(wait_sec=DEADLINE_S))
-        await deaf.faults.wait_calls("claim", 1, DEADLINE_S)
+        polling = await begin_poll(agent)
         [task_id] = await operator.submit()
-        assert (await polling)["id"] == task_id
+        assert (await asyncio.wait_for(polling, DEADLINE_S / 2))["id"] == task_id
 
 
 async def test_replaced_token_is_refused_everywhere(no_fallback: None, elsewhere: Agent, operator: Operator) -> None:
@@ -107,10 +114,9 @@ async def test_lost_connections_are_replaced(
         "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
         "WHERE datname = 'plane' AND pid <> pg_backend_pid()"
     )
-    polling = asyncio.create_task(elsewhere.claim_one(wait_sec=DEADLINE_S))
-    await elsewhere.plane.faults.wait_calls("claim", 1, DEADLINE_S)
+    polling = await begin_poll(elsewhere)
     [task_id] = await operator.submit()
-    assert (await polling)["id"] == task_id
+    assert (await asyncio.wait_for(polling, DEADLINE_S / 2))["id"] == task_id
 
 
 # --- races ----------------------------------------------------------------------------------------------------------
@@ -285,6 +291,5 @@ async def test_postgres_goes_and_comes_back(
 
         await until(is_renewed)
         assert (await agent.complete(task)).code == 0
-        polling = asyncio.create_task(agent.claim_one(wait_sec=DEADLINE_S))
         [task_id] = await operator.submit()
-        assert (await polling)["id"] == task_id
+        assert (await agent.claim_one(wait_sec=DEADLINE_S))["id"] == task_id
