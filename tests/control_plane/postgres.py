@@ -14,6 +14,8 @@ from itertools import count
 from pathlib import Path
 from typing import Final
 
+import psutil
+
 _DEBIAN: Final = Path("/usr/lib/postgresql")
 """Debian keeps the server's programs off the PATH, in a folder for each version."""
 _PROGRAMS: Final = ("initdb", "pg_ctl", "postgres", "psql")
@@ -55,6 +57,19 @@ class Postgres:
     def stop(self, mode: str = "fast") -> None:
         """Returns when it is gone; `immediate` is as a crash."""
         self._control("stop", "--wait", "--mode", mode)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Generator[None]:
+        """All of its processes stand still, as on a host that hangs; connections stay open."""
+        main = psutil.Process(int((self.directory / "data" / "postmaster.pid").read_text().splitlines()[0]))
+        processes = [main, *main.children()]
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                process.resume()
 
     def new_database(self) -> str:
         """The URL of a new, empty database."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 
 import aiohttp
 import pytest
 
 from control_plane import Plane, faults
+from control_plane.bell import Bell
+from control_plane.store.claims import ClaimOrder
 from remotegpu_schemas.wire import Claim, parse_claims
 from tests.control_plane.support import DEADLINE_S, MACHINE, Agent, Operator
 
@@ -157,3 +160,16 @@ async def test_stopping_plane_lets_its_polls_go(agent: Agent, plane: Plane) -> N
     async with asyncio.timeout(DEADLINE_S / 2):
         await plane.stop()
         assert (await poll).data == {"tasks": []}
+
+
+async def test_claim_tells_of_tasks_that_it_let_go(agent: Agent, operator: Operator, plane: Plane) -> None:
+    """A claim that had to lock more than it took wakes those who looked meanwhile."""
+    await operator.submit({"command": "true"}, {"command": "true", "machine_id": agent.machine_id})
+    order = ClaimOrder(machine_id=agent.machine_id, agent_id=agent.agent_id, request_id="r1", limit=1)
+    heard: list[Bell] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bell, "ring", lambda bell: heard.append(bell))  # noqa: PLW0108  # a method
+        assert len(await plane.service.claim(order, 0, lambda: False)) == 1
+        assert len(heard) == 1
+        assert len(await plane.service.claim(dataclasses.replace(order, request_id="r2"), 0, lambda: False)) == 1
+        assert len(heard) == 1

@@ -12,8 +12,7 @@ import aiohttp
 import pytest
 
 from control_plane import Plane, Settings, serve
-from control_plane.store import listener
-from control_plane.store.postgres import PostgresDatabase
+from control_plane.store import listener, postgres
 from tests.control_plane.postgres import Postgres
 from tests.control_plane.support import ADMIN_TOKEN, DEADLINE_S, Agent, MovableClock, Operator
 from tests.waiting import until
@@ -87,7 +86,7 @@ async def test_lost_notice_is_made_up_for(
 ) -> None:
     """Without any notice the poll looks again by itself."""
     monkeypatch.setattr(listener, "FALLBACK_POLL_S", 0.1)
-    monkeypatch.setattr(PostgresDatabase, "announce", lambda *_: None)
+    monkeypatch.setattr(postgres.PostgresDatabase, "announce", lambda *_: None)
     async with serve(dataclasses.replace(operator.plane.settings, port=0)) as deaf:
         agent = dataclasses.replace(elsewhere, plane=deaf)
         polling = await begin_poll(agent)
@@ -293,3 +292,21 @@ async def test_postgres_goes_and_comes_back(
         assert (await agent.complete(task)).code == 0
         [task_id] = await operator.submit()
         assert (await agent.claim_one(wait_sec=DEADLINE_S))["id"] == task_id
+
+
+async def test_postgres_hangs(
+    own_postgres: Postgres, session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that answers nothing holds up no call for ever, and is used again when it goes on."""
+    monkeypatch.setattr(postgres, "POSTGRES_TIMEOUT_S", 1.0)
+    async with serve(Settings(database=own_postgres.new_database(), admin_token=ADMIN_TOKEN)) as plane:
+        agent = Agent(plane, session, await Operator(plane, session).enrol())
+        assert (await agent.register()).code == 0
+        with own_postgres.frozen():
+            answers = await asyncio.gather(*(agent.heartbeat() for _ in range(20)))
+            assert {(answer.status, answer.code) for answer in answers} == {(500, 30099)}
+
+        async def is_back() -> bool:
+            return (await agent.heartbeat()).code == 0
+
+        await until(is_back)
