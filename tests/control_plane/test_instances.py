@@ -12,16 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+import pytest
 
 from tests.control_plane.postgres import Postgres
 from tests.control_plane.support import ADMIN_TOKEN, RESULT, request
 from tests.control_plane.test_command_line import running
-from tests.scale import IS_LONG, scaled
+from tests.scale import scaled
 
 AGENTS = 20
 TASKS = scaled(1_000, 5_000)
 CLAIM_LIMIT = 8
-DEADLINE_S = 600.0 if IS_LONG else 100.0
+DEADLINE_S = scaled(100, 800)
 RETRY_S = 0.05
 
 
@@ -85,6 +86,7 @@ class SimulatedAgent:
             await asyncio.sleep(RETRY_S)
 
 
+@pytest.mark.timeout(scaled(120, 900))
 async def test_killed_plane_costs_no_task_and_doubles_none(postgres: Postgres, postgres_url: str) -> None:
     """20 agents, two planes, one of them killed half-way: every task is completed once, by one attempt."""
     admin = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
