@@ -133,7 +133,7 @@ async def test_claims_are_not_idempotent(agent: Agent, operator: Operator, plane
     plane.clock_moved()
 
     async def has_lapsed() -> bool:
-        return (await operator.task(task_id))["status"] == "pending"
+        return str((await operator.task(task_id))["status"]) == "pending"
 
     await until(has_lapsed)
     assert (await agent.claim_one(request_id="r1"))["id"] == task_id

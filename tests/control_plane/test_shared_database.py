@@ -210,7 +210,7 @@ async def test_all_planes_end_leases_at_once(
     other.clock_moved()
 
     async def have_lapsed() -> bool:
-        return (await operator.call("GET", "/stats")).data["tasks"]["pending"] == 50
+        return int((await operator.call("GET", "/stats")).data["tasks"]["pending"]) == 50
 
     await until(have_lapsed)
     for task_id in task_ids:
