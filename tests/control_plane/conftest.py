@@ -5,6 +5,7 @@ Every test that uses `database`, if only through `plane`, runs twice: on SQLite 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sqlite3
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
@@ -14,6 +15,7 @@ import aiohttp
 import pytest
 
 from control_plane import Plane, Settings, serve
+from control_plane.bell import wait
 from tests.control_plane.postgres import Postgres, running_postgres
 from tests.control_plane.support import ADMIN_TOKEN, Agent, MovableClock, Operator
 
@@ -97,6 +99,19 @@ async def plane(settings: Settings) -> AsyncGenerator[Plane]:
     """The plane of `settings`."""
     async with serve(settings) as plane:
         yield plane
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set as soon as a long poll has found nothing and waits."""
+    held = asyncio.Event()
+
+    async def note_and_wait(event: asyncio.Event, timeout_s: float | None) -> bool:
+        held.set()
+        return await wait(event, timeout_s)
+
+    monkeypatch.setattr("control_plane.service.wait", note_and_wait)
+    return held
 
 
 @pytest.fixture

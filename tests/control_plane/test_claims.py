@@ -125,10 +125,10 @@ async def test_nothing_is_given_twice(agent: Agent, operator: Operator) -> None:
     assert sorted(given) == sorted(ids)
 
 
-async def test_long_poll_wakes_for_a_new_task(agent: Agent, operator: Operator, plane: Plane) -> None:
+async def test_long_poll_wakes_for_a_new_task(agent: Agent, operator: Operator, held: asyncio.Event) -> None:
     """A held claim is answered when a task comes."""
     poll = asyncio.create_task(agent.claim(wait_sec=DEADLINE_S))
-    await plane.faults.wait_calls("claim", 1, DEADLINE_S)
+    await asyncio.wait_for(held.wait(), DEADLINE_S)
     [task_id] = await operator.submit()
     async with asyncio.timeout(DEADLINE_S / 2):
         [task] = (await poll).data["tasks"]
@@ -141,10 +141,10 @@ async def test_long_poll_ends_in_time(agent: Agent) -> None:
         assert (await agent.claim(wait_sec=0.05)).data == {"tasks": []}
 
 
-async def test_long_poll_of_a_dead_agent_takes_nothing(agent: Agent, operator: Operator, plane: Plane) -> None:
+async def test_long_poll_of_a_dead_agent_takes_nothing(agent: Agent, operator: Operator, held: asyncio.Event) -> None:
     """A task that comes after the caller has gone is there for the next claim."""
     poll = asyncio.create_task(agent.claim(wait_sec=DEADLINE_S))
-    await plane.faults.wait_calls("claim", 1, DEADLINE_S)
+    await asyncio.wait_for(held.wait(), DEADLINE_S)
     poll.cancel()
     await asyncio.gather(poll, return_exceptions=True)
     await operator.call("GET", "/stats")  # the plane has read the end of the connection by now

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
 
 import aiohttp
 import pytest
@@ -46,14 +45,6 @@ def elsewhere(agent: Agent, other: Plane) -> Agent:
     return dataclasses.replace(agent, plane=other)
 
 
-async def begin_poll(agent: Agent) -> asyncio.Task[dict[str, Any]]:
-    """A long poll that has found nothing yet: a claim that came later has found nothing either."""
-    polling = asyncio.create_task(agent.claim_one(request_id="poll", wait_sec=DEADLINE_S))
-    await agent.plane.faults.wait_calls("claim", 1, DEADLINE_S)
-    assert (await agent.claim(request_id="later")).data["tasks"] == []
-    return polling
-
-
 @pytest.fixture
 def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody looks again unless told to."""
@@ -63,9 +54,12 @@ def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- notices --------------------------------------------------------------------------------------------------------
 
 
-async def test_task_wakes_a_poll_at_the_other_plane(no_fallback: None, elsewhere: Agent, operator: Operator) -> None:
+async def test_task_wakes_a_poll_at_the_other_plane(
+    no_fallback: None, held: asyncio.Event, elsewhere: Agent, operator: Operator
+) -> None:
     """A long poll at one plane gets what is submitted at the other, by its notice."""
-    polling = await begin_poll(elsewhere)
+    polling = asyncio.create_task(elsewhere.claim_one(wait_sec=DEADLINE_S))
+    await asyncio.wait_for(held.wait(), DEADLINE_S)
     [task_id] = await operator.submit()
     assert (await asyncio.wait_for(polling, DEADLINE_S / 2))["id"] == task_id
 
@@ -82,14 +76,15 @@ async def test_end_is_heard_at_the_other_plane(
 
 
 async def test_lost_notice_is_made_up_for(
-    monkeypatch: pytest.MonkeyPatch, elsewhere: Agent, operator: Operator
+    monkeypatch: pytest.MonkeyPatch, held: asyncio.Event, elsewhere: Agent, operator: Operator
 ) -> None:
     """Without any notice the poll looks again by itself."""
     monkeypatch.setattr(listener, "FALLBACK_POLL_S", 0.1)
     monkeypatch.setattr(postgres.PostgresDatabase, "announce", lambda *_: None)
     async with serve(dataclasses.replace(operator.plane.settings, port=0)) as deaf:
         agent = dataclasses.replace(elsewhere, plane=deaf)
-        polling = await begin_poll(agent)
+        polling = asyncio.create_task(agent.claim_one(wait_sec=DEADLINE_S))
+        await asyncio.wait_for(held.wait(), DEADLINE_S)
         [task_id] = await operator.submit()
         assert (await asyncio.wait_for(polling, DEADLINE_S / 2))["id"] == task_id
 
@@ -106,14 +101,15 @@ async def test_replaced_token_is_refused_everywhere(no_fallback: None, elsewhere
 
 
 async def test_lost_connections_are_replaced(
-    no_fallback: None, agent: Agent, elsewhere: Agent, operator: Operator, postgres: Postgres
+    no_fallback: None, held: asyncio.Event, elsewhere: Agent, operator: Operator, postgres: Postgres
 ) -> None:
     """When the server ends all idle connections no call fails, and notices are heard again."""
     postgres.execute(
         "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
         "WHERE datname = 'plane' AND pid <> pg_backend_pid()"
     )
-    polling = await begin_poll(elsewhere)
+    polling = asyncio.create_task(elsewhere.claim_one(wait_sec=DEADLINE_S))
+    await asyncio.wait_for(held.wait(), DEADLINE_S)
     [task_id] = await operator.submit()
     assert (await asyncio.wait_for(polling, DEADLINE_S / 2))["id"] == task_id
 
