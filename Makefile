@@ -82,8 +82,22 @@ help: ## this list
 demo: $(DEMO_STAMP) ## a control plane, an agent and the example tasks, live (KEEP=1 stays up; DEMO_ARGS=...)
 	@$(PYTHON) examples/demo.py $(if $(KEEP),--keep) $(DEMO_ARGS)
 
+# Debian keeps the server off the PATH. Its package would make and start a cluster, which nobody here asked for.
+HAS_POSTGRES := command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1
+POSTGRES_INSTALL = { mkdir -p /etc/postgresql-common && \
+  { test -e /etc/postgresql-common/createcluster.conf || \
+    echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.conf; } && \
+  $(call APT_INSTALL,postgresql); }
+
+.PHONY: postgres
+postgres:
+	@{ $(HAS_POSTGRES); } || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  echo "apt-get install postgresql" && $(POSTGRES_INSTALL); } || { \
+	  echo "make: the tests need PostgreSQL: run 'apt-get install postgresql' as root, then again" >&2; \
+	  exit 1; }
+
 .PHONY: test
-test: lint ## the checks, then all tests: what CI runs (PYTEST_ARGS=...)
+test: lint postgres ## the checks, then all tests: what CI runs (PYTEST_ARGS=...)
 	@$(PYTHON) -m pytest --cov $(PYTEST_ARGS)
 
 .PHONY: test-system
@@ -91,9 +105,9 @@ test-system: $(DEV_STAMP) ## what only a real systemd can prove, in the test bed
 	@$(PYTHON) -m tests.system $(SYSTEM_ARGS)
 
 .PHONY: test-long
-test-long: $(DEV_STAMP) ## the tests that try more the longer they run, at full length (PYTEST_ARGS=...)
+test-long: $(DEV_STAMP) postgres ## the tests that try more the longer they run, at full length (PYTEST_ARGS=...)
 	@REMOTEGPU_LONG_TESTS=1 $(PYTHON) -m pytest tests/simulation tests/sidecar/test_abuse.py \
-	  tests/sidecar/test_flood.py $(PYTEST_ARGS)
+	  tests/sidecar/test_flood.py tests/control_plane/test_instances.py $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: $(DEV_STAMP) ## the benchmarks (BENCH_ARGS=...)

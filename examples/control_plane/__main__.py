@@ -16,6 +16,7 @@ from pathlib import Path
 
 from control_plane.server import serve
 from control_plane.settings import CannotServe, Settings
+from control_plane.store.opening import is_url
 
 EXIT_CANNOT_SERVE = 2
 
@@ -39,7 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m control_plane", description="The reference control plane.")
     parser.add_argument("--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="port 0 takes a free one")
-    parser.add_argument("--database", required=True, type=Path, metavar="FILE", help="SQLite file; made if missing")
+    parser.add_argument(
+        "--database",
+        default="control-plane.db",
+        metavar="FILE_OR_URL",
+        help="SQLite file, made if missing (default: control-plane.db), or postgresql://USER@HOST/NAME, which any "
+        "number of planes may share; its password is taken from PGPASSWORD or ~/.pgpass",
+    )
     token = parser.add_mutually_exclusive_group(required=True)
     token.add_argument("--admin-token-file", type=Path, metavar="FILE", help="the operator's token, alone in a file")
     token.add_argument("--admin-token", metavar="TOKEN", help="the operator's token; others on this host can see it")
@@ -57,7 +64,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     if not 0 < options.lease_ttl <= 86400:
         raise CannotServe(f"--lease-ttl {options.lease_ttl:g}: must be more than 0 and at most 86400 seconds")
     return Settings(
-        database=options.database,
+        database=options.database if is_url(options.database) else Path(options.database),
         admin_token=options.admin_token or _read_token(options.admin_token_file),
         host=host.removeprefix("[").removesuffix("]"),
         port=int(port),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 
 class Bell:
-    """Any number may listen; each ring wakes all who listened before it."""
+    """Any number may listen; each ring wakes all who listened before it. `on_ring` tells it elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_ring: Callable[[], None] | None = None) -> None:
+        self._on_ring = on_ring
         self._next = asyncio.Event()
 
     def listen(self) -> asyncio.Event:
@@ -16,7 +18,13 @@ class Bell:
         return self._next
 
     def ring(self) -> None:
-        """Wake everybody."""
+        """Wake everybody, here and elsewhere."""
+        self.wake()
+        if self._on_ring is not None:
+            self._on_ring()
+
+    def wake(self) -> None:
+        """Wake everybody here."""
         rung, self._next = self._next, asyncio.Event()
         rung.set()
 

@@ -24,6 +24,8 @@ def endpoint(
 
     async def handle(request: web.Request) -> web.Response:
         try:
+            if "\0" in request.path or any("\0" in value for value in request.query.values()):
+                raise Refused(Code.INVALID_PARAMETERS, "the address must not contain a NUL character")
             return dialect.success(await handler(request))
         except Refused as refusal:
             log.info("%s refused: %d %s", request.path, refusal.code, refusal)

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar
+from dataclasses import replace
+from typing import Any, Self, TypeVar, assert_never
 
 from sqlalchemy import Connection
 
 from control_plane.auth import Gate, digest_of, new_token
 from control_plane.bell import Bell, wait
+from control_plane.leases import Leases
 from control_plane.reaper import Reaper
-from control_plane.settings import LEASE_MAX_S, Settings
+from control_plane.settings import LEASE_MAX_S, REAP_LOOK_AGAIN_S, CannotServe, Settings
 from control_plane.store import attempts, claims, machines, tasks
 from control_plane.store.attempts import Ended, Renewed, Started
-from control_plane.store.claims import ClaimedTask, ClaimOrder, Reaped
-from control_plane.store.database import Database, open_database
+from control_plane.store.claims import ClaimedTask, ClaimOrder, Granted, Reaped
+from control_plane.store.database import Database, Notice
 from control_plane.store.fencing import Call
+from control_plane.store.opening import open_database
 from control_plane.store.outcomes import Refusal
 from control_plane.store.tables import Status
 from control_plane.submissions import check_all
@@ -36,33 +39,46 @@ class Service:
         self._settings = settings
         self._database = database
         self._new_id = new_id
-        self._claimable = Bell()
-        self._ended = Bell()
+        self._claimable = Bell(lambda: database.announce(Notice.CLAIMABLE))
+        self._ended = Bell(lambda: database.announce(Notice.ENDED))
         self._is_stopping = False
+        self._leases = Leases(settings, database, new_id())
         self.gate = Gate(settings.admin_token, self._machine_of_token)
-        self.reaper = Reaper(self._reap, lambda: settings.now_ms)
+        self.reaper = Reaper(self._reap, self._leases.reapable_ms, REAP_LOOK_AGAIN_S if database.is_shared else None)
 
     @classmethod
     async def open(cls, settings: Settings, new_id: Callable[[], str]) -> Self:
         """Open the database, give every lease its grace, and start the reaper. Raises CannotServe."""
-        service = cls(settings, await open_database(settings.database), new_id)
-        grace_s = settings.lease_ttl_s if settings.restart_grace_s is None else settings.restart_grace_s
-        if grace_s > 0:
-            until_ms = settings.now_ms + int(grace_s * 1000)
-            await service._database.run(lambda db: claims.hold_longer(db, until_ms))
+        database = await open_database(settings.database)
+        try:
+            service = cls(replace(settings, now=settings.now or database.clock), database, new_id)
+            await service._leases.begin()
+        except Refused as error:
+            await database.close()
+            raise CannotServe(str(error)) from error
+        except BaseException:
+            await database.close()
+            raise
+        database.listen(service._hear)
         service.reaper.start()
         return service
 
     def stop_waiting(self) -> None:
         """End the long polls: nobody is held from now on."""
         self._is_stopping = True
-        self._claimable.ring()
-        self._ended.ring()
+        self._claimable.wake()
+        self._ended.wake()
 
     async def close(self) -> None:
         """Stop the reaper and close the database."""
         await self.reaper.stop()
+        await self._leases.end()
         await self._database.close()
+
+    @property
+    def now_ms(self) -> int:
+        """The time on the plane's clock, in milliseconds."""
+        return self._settings.now_ms
 
     # --- for operators ---------------------------------------------------------------------------------------------
 
@@ -70,7 +86,7 @@ class Service:
         """Give a machine its token; a second time replaces it."""
         now_ms, token = self._settings.now_ms, new_token()
         await self._database.run(lambda db: machines.enrol(db, machine_id, name, digest_of(token), now_ms))
-        self.gate.forget()
+        self._forget_tokens()
         return token
 
     async def machines(self) -> list[dict[str, Any]]:
@@ -135,7 +151,10 @@ class Service:
         deadline_s = asyncio.get_running_loop().time() + wait_s
         while True:
             rung = self._claimable.listen()
-            found = await self._database.run(self._claim_unit(order))
+            granted = await self._database.run(self._claim_unit(order))
+            found = granted.tasks
+            if granted.let_go:
+                self._claimable.ring()
             left_s = deadline_s - asyncio.get_running_loop().time()
             if found or left_s <= 0 or self._is_stopping:
                 break
@@ -191,7 +210,7 @@ class Service:
         self._tell(ended)
         return ended
 
-    def _claim_unit(self, order: ClaimOrder) -> Callable[[Connection], list[ClaimedTask]]:
+    def _claim_unit(self, order: ClaimOrder) -> Callable[[Connection], Granted]:
         settings = self._settings
         return lambda db: claims.claim(db, order, settings.now_ms, settings.lease_ttl_ms, self._new_id)
 
@@ -210,10 +229,24 @@ class Service:
         if ended.is_new:
             (self._ended if ended.status.is_final else self._claimable).ring()
 
+    def _forget_tokens(self) -> None:
+        self.gate.forget()
+        self._database.announce(Notice.TOKENS)
+
+    def _hear(self, notice: Notice) -> None:
+        """Another plane has done something, or may have."""
+        match notice:
+            case Notice.CLAIMABLE:
+                self._claimable.wake()
+            case Notice.ENDED:
+                self._ended.wake()
+            case Notice.TOKENS:
+                self.gate.forget()
+            case _:
+                assert_never(notice)
+
     async def _reap(self) -> Reaped:
-        reaped = await self._database.run(
-            lambda db: claims.reap(db, self._settings.now_ms, self._settings.attempts_max)
-        )
+        reaped = await self._leases.reap()
         if reaped.requeued:
             self._claimable.ring()
         if reaped.ended:

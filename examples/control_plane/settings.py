@@ -20,6 +20,27 @@ LIST_MAX: Final = 1000
 REJECTION_EVENTS_MAX: Final = 100
 """Further rejected calls for one task are only counted."""
 STOP_PATIENCE_S: Final = 1.0
+POSTGRES_CONNECTIONS: Final = 8
+"""Of each plane, and one to listen; more do not make two cores faster, and PostgreSQL takes 100 by default."""
+POSTGRES_TIMEOUT_S: Final = 10.0
+"""So long a plane waits for PostgreSQL: to connect, for a free connection, for a statement."""
+POSTGRES_LOCK_TIMEOUT_S: Final = 5.0
+POSTGRES_IDLE_TIMEOUT_S: Final = 10.0
+"""A plane that was frozen inside of a transaction loses it, and with it the locks that others wait for."""
+POSTGRES_TRIES_MAX: Final = 6
+"""A unit that met a deadlock or somebody else's row is run so often."""
+POSTGRES_RETRY_MAX_S: Final = 2.0
+"""Tries to reach a PostgreSQL that is away are never further apart."""
+FALLBACK_POLL_S: Final = 5.0
+"""What the notice of another plane would have told is looked up so often, since notices can be lost."""
+REAP_LOOK_AGAIN_S: Final = 3.0
+"""A lease that another plane gave and did not live to end is late by no more."""
+REAP_LATE_MS: Final = 200
+"""Planes on several hosts know the database's time to within half a round trip; so much later a lease is over for
+all of them. An agent stops at the end of its lease by its own clock."""
+PRESENCE_GAP_MS: Final = 10_000
+"""Where no plane was there for so long, leases are given a grace."""
+PRESENCE_KEPT_MS: Final = 3_600_000
 
 
 class CannotServe(AgentError):
@@ -30,7 +51,8 @@ class CannotServe(AgentError):
 class Settings:
     """One plane. The fields that begin with `compat_` matter in compatibility mode only."""
 
-    database: Path
+    database: Path | str = field(repr=False)
+    """A file of SQLite, or `postgresql://...` for any number of planes; a URL may hold a password."""
     admin_token: str = field(repr=False)
     host: str = "127.0.0.1"
     port: int = 0
@@ -52,13 +74,14 @@ class Settings:
     """A claim's answer begins with the tasks that the agent already holds."""
     compat_hides_lease: bool = False
     """A claimed task comes without `lease_expires_at`."""
-    now: Callable[[], float] = time.time
-    """Seconds since 1970; whoever moves it by hand calls `Plane.clock_moved`."""
+    now: Callable[[], float] | None = None
+    """Seconds since 1970; whoever moves it by hand calls `Plane.clock_moved`. None is the clock of the database, which
+    all planes on it share."""
 
     @property
     def now_ms(self) -> int:
         """The time in milliseconds."""
-        return int(self.now() * 1000)
+        return int((self.now or time.time)() * 1000)
 
     @property
     def lease_ttl_ms(self) -> int:

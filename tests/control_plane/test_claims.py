@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 
 import aiohttp
 import pytest
 
 from control_plane import Plane, faults
+from control_plane.bell import Bell
+from control_plane.store.claims import ClaimOrder
 from remotegpu_schemas.wire import Claim, parse_claims
 from tests.control_plane.support import DEADLINE_S, MACHINE, Agent, Operator
 
@@ -122,10 +125,10 @@ async def test_nothing_is_given_twice(agent: Agent, operator: Operator) -> None:
     assert sorted(given) == sorted(ids)
 
 
-async def test_long_poll_wakes_for_a_new_task(agent: Agent, operator: Operator, plane: Plane) -> None:
+async def test_long_poll_wakes_for_a_new_task(agent: Agent, operator: Operator, held: asyncio.Event) -> None:
     """A held claim is answered when a task comes."""
     poll = asyncio.create_task(agent.claim(wait_sec=DEADLINE_S))
-    await plane.faults.wait_calls("claim", 1, DEADLINE_S)
+    await asyncio.wait_for(held.wait(), DEADLINE_S)
     [task_id] = await operator.submit()
     async with asyncio.timeout(DEADLINE_S / 2):
         [task] = (await poll).data["tasks"]
@@ -138,10 +141,10 @@ async def test_long_poll_ends_in_time(agent: Agent) -> None:
         assert (await agent.claim(wait_sec=0.05)).data == {"tasks": []}
 
 
-async def test_long_poll_of_a_dead_agent_takes_nothing(agent: Agent, operator: Operator, plane: Plane) -> None:
+async def test_long_poll_of_a_dead_agent_takes_nothing(agent: Agent, operator: Operator, held: asyncio.Event) -> None:
     """A task that comes after the caller has gone is there for the next claim."""
     poll = asyncio.create_task(agent.claim(wait_sec=DEADLINE_S))
-    await plane.faults.wait_calls("claim", 1, DEADLINE_S)
+    await asyncio.wait_for(held.wait(), DEADLINE_S)
     poll.cancel()
     await asyncio.gather(poll, return_exceptions=True)
     await operator.call("GET", "/stats")  # the plane has read the end of the connection by now
@@ -157,3 +160,16 @@ async def test_stopping_plane_lets_its_polls_go(agent: Agent, plane: Plane) -> N
     async with asyncio.timeout(DEADLINE_S / 2):
         await plane.stop()
         assert (await poll).data == {"tasks": []}
+
+
+async def test_claim_tells_of_tasks_that_it_let_go(agent: Agent, operator: Operator, plane: Plane) -> None:
+    """A claim that had to lock more than it took wakes those who looked meanwhile."""
+    await operator.submit({"command": "true"}, {"command": "true", "machine_id": agent.machine_id})
+    order = ClaimOrder(machine_id=agent.machine_id, agent_id=agent.agent_id, request_id="r1", limit=1)
+    heard: list[Bell] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bell, "ring", lambda bell: heard.append(bell))  # noqa: PLW0108  # a method
+        assert len(await plane.service.claim(order, 0, lambda: False)) == 1
+        assert len(heard) == 1
+        assert len(await plane.service.claim(dataclasses.replace(order, request_id="r2"), 0, lambda: False)) == 1
+        assert len(heard) == 1

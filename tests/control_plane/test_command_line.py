@@ -18,10 +18,10 @@ import pytest
 from tests.control_plane.support import ADMIN_TOKEN, DEADLINE_S, request
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(EXAMPLES)}
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{EXAMPLES}:{os.environ.get('PYTHONPATH', '')}"}
 
 
-def command(database: Path, *more: str, listen: str = "127.0.0.1:0") -> list[str]:
+def command(database: Path | str, *more: str, listen: str = "127.0.0.1:0") -> list[str]:
     """The command line."""
     token = () if any(word.startswith("--admin-token") for word in more) else ("--admin-token", ADMIN_TOKEN)
     base = (sys.executable, "-m", "control_plane", "--listen", listen, "--database", str(database))
@@ -29,7 +29,7 @@ def command(database: Path, *more: str, listen: str = "127.0.0.1:0") -> list[str
 
 
 @contextlib.contextmanager
-def running(database: Path, *more: str) -> Generator[tuple[subprocess.Popen[str], str]]:
+def running(database: Path | str, *more: str) -> Generator[tuple[subprocess.Popen[str], str]]:
     """The process and its URL, once it listens; it is gone afterwards."""
     process = subprocess.Popen(
         command(database, *more), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -50,12 +50,12 @@ def refused(arguments: list[str]) -> str:
     return line
 
 
-async def test_serves_until_sigterm(tmp_path: Path, session: aiohttp.ClientSession) -> None:
+async def test_serves_until_sigterm(tmp_path: Path, database: Path | str, session: aiohttp.ClientSession) -> None:
     """One line of JSON says where, also in the ready file; SIGTERM ends it with 0 and without a word."""
     token_file, ready_file = tmp_path / "token", tmp_path / "ready"
     token_file.write_text(f"{ADMIN_TOKEN}\n")
     more = ("--admin-token-file", str(token_file), "--ready-file", str(ready_file))
-    with running(tmp_path / "plane.db", *more) as (process, url):
+    with running(database, *more) as (process, url):
         assert json.loads(ready_file.read_text()) == {"url": url}
         answer = await request(session, "GET", f"{url}/api/v1/admin/stats", {"Authorization": f"Bearer {ADMIN_TOKEN}"})
         assert answer.code == 0
@@ -98,6 +98,22 @@ def test_unusable_database(tmp_path: Path, kind: str) -> None:
         case _:
             database.write_text("this is a letter, not a database\n" * 100)
     assert refused(command(database)).startswith(f"control_plane: the database {database} cannot be used: ")
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("postgresql://plane:secret-word@/plane?host=/nonexistent", "No such file or directory"),
+        ("postgresql://plane:secret-word@127.0.0.1:1/plane?sslmode=disable", "Connect call failed"),
+        ("postgresql://plane:secret-word@127.0.0.1:port/plane", "is no URL such as postgresql://user@host/name"),
+    ],
+)
+def test_postgres_out_of_reach(url: str, reason: str) -> None:
+    """Exit code 2 and one line that says why, without the password."""
+    line = refused(command(url))
+    assert line.startswith("control_plane: the database ")
+    assert reason in line
+    assert "secret-word" not in line
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from control_plane import Plane, Settings, faults, serve
 from remotegpu_schemas.wire import Claim, Verdict, parse_answer, parse_claims, parse_renewal, parse_time
 from tests.control_plane.support import DEADLINE_S, Agent, Answer, MovableClock, Operator
+from tests.waiting import until
 
 ZERO_TIME = "0001-01-01T00:00:00Z"
 FULL_TASK = {
@@ -130,7 +131,11 @@ async def test_claims_are_not_idempotent(agent: Agent, operator: Operator, plane
     assert (await agent.claim(request_id="r1")).data["tasks"] == []
     clock.time_s += 60
     plane.clock_moved()
-    await operator.call("GET", "/stats")
+
+    async def has_lapsed() -> bool:
+        return str((await operator.task(task_id))["status"]) == "pending"
+
+    await until(has_lapsed)
     assert (await agent.claim_one(request_id="r1"))["id"] == task_id
 
 

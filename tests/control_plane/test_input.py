@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import re
-import sqlite3
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -149,12 +148,19 @@ async def test_unknown_route_is_no_envelope(agent: Agent) -> None:
     assert (answer.status, answer.body) == (404, None)
 
 
-async def test_internal_error(agent: Agent, plane: Plane, caplog: pytest.LogCaptureFixture) -> None:
+async def test_internal_error(agent: Agent, run_sql: Callable[[str], None], caplog: pytest.LogCaptureFixture) -> None:
     """30099 for what is the plane's own fault; it goes on, and the log has the traceback under the id that is told."""
-    with contextlib.closing(sqlite3.connect(plane.settings.database)) as db:
-        db.execute("ALTER TABLE agents RENAME TO lost")
-        broken = await agent.register()
-        db.execute("ALTER TABLE lost RENAME TO agents")
+    run_sql("ALTER TABLE agents RENAME TO lost")
+    broken = await agent.register()
+    run_sql("ALTER TABLE lost RENAME TO agents")
     assert (broken.status, broken.code) == (500, 30099)
     assert re.findall(r"[0-9a-f]{24}", broken.message)[0] in caplog.text
     assert (await agent.register()).code == 0
+
+
+async def test_nul_in_an_address(agent: Agent, operator: Operator) -> None:
+    """No database is asked for what it could not hold."""
+    task = {"id": "a%00b", "attempt_id": "a1"}
+    assert (await agent.start(task)).code == 30005
+    assert (await operator.call("GET", "/tasks/a%00b")).code == 30005
+    assert (await operator.call("GET", "/tasks?status=a%00b")).code == 30005

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -108,10 +109,14 @@ async def test_leases_hold_over_a_downtime(
 
 
 async def test_planes_do_not_disturb_each_other(
-    settings: Settings, session: aiohttp.ClientSession, plane: Plane, agent: Agent, operator: Operator
+    settings: Settings,
+    session: aiohttp.ClientSession,
+    other_database: Path | str,
+    agent: Agent,
+    operator: Operator,
 ) -> None:
     """Several run in one process, each with its own database."""
-    other_settings = dataclasses.replace(settings, database=settings.database.with_name("other.db"))
+    other_settings = dataclasses.replace(settings, database=other_database)
     async with serve(other_settings) as other:
         await operator.submit()
         stranger = Agent(other, session, agent.token)

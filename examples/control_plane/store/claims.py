@@ -9,7 +9,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, RowMapping, bindparam, func, insert, select, update
 
 from control_plane.store.outcomes import add_event, event_row
-from control_plane.store.tables import ANY_MACHINE, AttemptState, EventKind, Status, attempts, events, tasks
+from control_plane.store.tables import ANY_MACHINE, AttemptState, EventKind, Status, attempts, events, machines, tasks
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,17 @@ class ClaimedTask:
     started_at_ms: int | None = None
 
 
+@dataclass(frozen=True)
+class Granted:
+    """A claim's tasks. With `let_go` more were locked for a moment: who looked then saw too few, and looks again."""
+
+    tasks: list[ClaimedTask]
+    let_go: bool = False
+
+
+_LOCK_MACHINE: Final = (
+    select(machines.c.machine_id).where(machines.c.machine_id == bindparam("b_machine")).with_for_update()
+)
 _PICK: Final = (
     select(tasks.c.seq, tasks.c.id, tasks.c.spec, tasks.c.priority, tasks.c.created_at_ms, tasks.c.attempts)
     .where(tasks.c.status == Status.PENDING, tasks.c.machine_id == bindparam("b_machine"))
@@ -85,37 +96,37 @@ _WAS_ANSWERED: Final = (
 )
 
 
-def claim(
-    db: Connection, order: ClaimOrder, now_ms: int, default_ttl_ms: int, new_id: Callable[[], str]
-) -> list[ClaimedTask]:
+def claim(db: Connection, order: ClaimOrder, now_ms: int, default_ttl_ms: int, new_id: Callable[[], str]) -> Granted:
     """The tasks that the agent gets, under new leases of `default_ttl_ms` unless they name their own.
 
     A repeated request gets what it got the first time, without the attempts that are over by now and without new ones.
+    One that comes while the first is still being worked on, in another plane perhaps, waits for it.
     """
     if order.is_idempotent:
+        db.execute(_LOCK_MACHINE, {"b_machine": order.machine_id})
         names = {"b_agent": order.agent_id, "b_request": order.request_id}
         if db.execute(_WAS_ANSWERED, names).scalar() is not None:
-            return [_held(row) for row in db.execute(_BY_REQUEST, names).mappings() if _is_live(row, now_ms)]
+            return Granted([_held(row) for row in db.execute(_BY_REQUEST, names).mappings() if _is_live(row, now_ms)])
     held: list[ClaimedTask] = []
     if order.repeats_held:
         held = [
             _held(row) for row in db.execute(_BY_AGENT, {"b_agent": order.agent_id}).mappings() if _is_live(row, now_ms)
         ]
-    return held + _assign(db, order, now_ms, default_ttl_ms, new_id)
+    granted = _assign(db, order, now_ms, default_ttl_ms, new_id)
+    return Granted(held + granted.tasks, let_go=granted.let_go)
 
 
-def _assign(
-    db: Connection, order: ClaimOrder, now_ms: int, default_ttl_ms: int, new_id: Callable[[], str]
-) -> list[ClaimedTask]:
+def _assign(db: Connection, order: ClaimOrder, now_ms: int, default_ttl_ms: int, new_id: Callable[[], str]) -> Granted:
     rows = [
         row
         for machine_id in (order.machine_id, ANY_MACHINE)
         for row in db.execute(_PICK, {"b_machine": machine_id, "b_limit": order.limit}).mappings()
     ]
     rows.sort(key=lambda row: (row["priority"], row["seq"]))
+    let_go = len(rows) > order.limit
     del rows[order.limit :]
     if not rows:
-        return []
+        return Granted([])
     claimed = [_claimed(row, order, now_ms, default_ttl_ms, new_id()) for row in rows]
     db.execute(
         _ASSIGN,
@@ -150,7 +161,7 @@ def _assign(
         insert(events),
         [event_row(task.id, now_ms, EventKind.CLAIMED, task.attempt_id, order.agent_id) for task in claimed],
     )
-    return claimed
+    return Granted(claimed, let_go=let_go)
 
 
 def _claimed(row: RowMapping, order: ClaimOrder, now_ms: int, default_ttl_ms: int, attempt_id: str) -> ClaimedTask:

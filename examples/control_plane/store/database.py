@@ -1,152 +1,58 @@
-"""Runs units of work: one thread, one connection, and whatever waits is committed as one transaction.
+"""A database that is open: runs units of work, and tells other planes on the same database what has changed.
 
-The one place that knows which database it is. A commit per batch is what makes small tasks cheap; a unit that fails
-rolls the batch back, and each of its units is then run alone.
+`sqlite.py` and `postgres.py` are the two kinds; nothing else knows which one it is.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, TypeVar
+import enum
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import StaticPool
-
-from control_plane.settings import CannotServe
-from control_plane.store.tables import metadata
+from sqlalchemy import Connection
 
 T = TypeVar("T")
-Unit = Callable[[Connection], T]
-
-_BATCH_MAX_UNITS: Final = 64
-_BUSY_TIMEOUT_MS: Final = 5000
-_PRAGMAS: Final = (
-    f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}",
-    "PRAGMA journal_mode = WAL",
-    "PRAGMA synchronous = NORMAL",
-    "PRAGMA foreign_keys = ON",
-)
 
 
-@dataclass(frozen=True)
-class _Waiting:
-    unit: Unit[Any]
-    done: asyncio.Future[Any]
+class Notice(enum.StrEnum):
+    """What may have changed."""
+
+    CLAIMABLE = "claimable"
+    """Tasks can be claimed that could not before."""
+    ENDED = "ended"
+    """Tasks have ended."""
+    TOKENS = "tokens"
+    """Tokens were replaced."""
 
 
-@dataclass(frozen=True)
-class _Failed:
-    error: Exception
+class Database(Protocol):
+    """An open database. May be used from one event loop only."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Other planes may work on it at the same time."""
+        ...
 
-class Database:
-    """An open SQLite database; made by `open_database`. `run` may be called from one event loop only."""
+    def clock(self) -> float:
+        """The time that all planes on this database agree on, in seconds since 1970."""
+        ...
 
-    def __init__(self, engine: Engine, connection: Connection, thread: ThreadPoolExecutor) -> None:
-        self._engine = engine
-        self._connection = connection
-        self._thread = thread
-        self._waiting: deque[_Waiting] = deque()
-        self._batch: asyncio.Future[list[Any]] | None = None
-
-    async def run(self, unit: Unit[T]) -> T:
+    async def run(self, unit: Callable[[Connection], T]) -> T:
         """What the unit returns, once it is committed; raises what it raises, with its changes rolled back.
 
-        If the caller is cancelled the unit may still be committed.
+        Raises Refused (30099) if the database cannot be reached; then the unit may have been committed all the same,
+        as when the caller is cancelled.
         """
-        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(unit, done))
-        if self._batch is None:
-            self._next_batch()
-        return await done
+        ...
+
+    def listen(self, hear: Callable[[Notice], None]) -> None:
+        """Call `hear` for what other planes announce, and at times for what they may have announced unheard."""
+        ...
+
+    def announce(self, notice: Notice) -> None:
+        """Tell the other planes, soon; what is announced again meanwhile is told once. Never waits, never fails."""
+        ...
 
     async def close(self) -> None:
         """Finish what waits, then close. Nothing may be run afterwards."""
-        while self._batch is not None:
-            await asyncio.wait([self._batch])
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
-        self._thread.shutdown()
-
-    def _next_batch(self) -> None:
-        batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), _BATCH_MAX_UNITS))]
-        units = [waiting.unit for waiting in batch]
-        self._batch = asyncio.get_running_loop().run_in_executor(self._thread, self._commit, units)
-        self._batch.add_done_callback(lambda results: self._settle(batch, results.result()))
-
-    def _settle(self, batch: Sequence[_Waiting], results: Sequence[Any]) -> None:
-        self._batch = None
-        for waiting, result in zip(batch, results, strict=True):
-            if waiting.done.done():
-                continue
-            if isinstance(result, _Failed):
-                waiting.done.set_exception(result.error)
-            else:
-                waiting.done.set_result(result)
-        if self._waiting:
-            self._next_batch()
-
-    def _commit(self, units: Sequence[Unit[Any]]) -> list[Any]:
-        try:
-            with self._connection.begin():
-                return [unit(self._connection) for unit in units]
-        except Exception as error:  # noqa: BLE001  # whatever it is, it goes to the caller of the unit that raised it
-            if len(units) == 1:
-                return [_Failed(error)]
-        return [result for unit in units for result in self._commit([unit])]
-
-    def _close(self) -> None:
-        self._connection.close()
-        self._engine.dispose()
-
-
-async def open_database(path: Path) -> Database:
-    """Open the file, made with its tables if it is new. Raises CannotServe with what to do."""
-    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="control-plane-database")
-    try:
-        engine, connection = await asyncio.get_running_loop().run_in_executor(thread, _connect, path)
-    except DBAPIError as error:
-        thread.shutdown()
-        raise CannotServe(
-            f"the database {path} cannot be used: {error.orig}; name a file that can be written, or mend its folder"
-        ) from error
-    return Database(engine, connection, thread)
-
-
-def _connect(path: Path) -> tuple[Engine, Connection]:
-    engine = create_engine(
-        URL.create("sqlite", database=str(path)),
-        poolclass=StaticPool,
-        connect_args={"timeout": _BUSY_TIMEOUT_MS / 1000},
-    )
-    event.listen(engine, "connect", _configure)
-    event.listen(engine, "begin", _begin)
-    connection: Connection | None = None
-    try:
-        connection = engine.connect()
-        with connection.begin():
-            metadata.create_all(connection)
-    except DBAPIError:
-        if connection is not None:
-            connection.close()
-        engine.dispose()
-        raise
-    return engine, connection
-
-
-def _configure(connection: Any, _record: object) -> None:
-    """The driver's own implicit transactions are switched off: a unit's reads must lie in its transaction too."""
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    for pragma in _PRAGMAS:
-        cursor.execute(pragma)
-    cursor.close()
-
-
-def _begin(connection: Connection) -> None:
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+        ...

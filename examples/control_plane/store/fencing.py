@@ -1,4 +1,8 @@
-"""Fencing: which attempt may still speak for a task. Every call about an attempt goes through `look_up` and `fence`."""
+"""Fencing: which attempt may still speak for a task. Every call about an attempt goes through `look_up` and `fence`.
+
+`look_up` locks the task until the end of the transaction. Attempts and events are written by whoever holds the lock of
+their task, so they need none of their own, and whoever locks one task at a time cannot deadlock.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +44,7 @@ class Held:
     ended_at_ms: int | None
 
 
+_LOCK: Final = select(tasks.c.status).where(tasks.c.id == bindparam("b_id")).with_for_update()
 _LOOK_UP: Final = (
     select(
         tasks.c.status,
@@ -56,16 +61,21 @@ _LOOK_UP: Final = (
     )
     .join_from(attempts, tasks, attempts.c.task_id == tasks.c.id)
     .where(tasks.c.id == bindparam("b_id"), attempts.c.attempt_id == bindparam("b_attempt"))
-    .with_for_update()
 )
-_STATUS: Final = select(tasks.c.status).where(tasks.c.id == bindparam("b_id"))
 
 
 def look_up(db: Connection, call: Call) -> Held | Refusal:
-    """The attempt that is spoken of, whoever holds the task now; a refusal if it never was this agent's."""
+    """The attempt that is spoken of, whoever holds the task now; a refusal if it never was this agent's.
+
+    The lock is a statement before the one that looks. In one statement PostgreSQL would, after waiting for the lock,
+    give the task as it is now beside the attempt as it was before (manual, "Read Committed Isolation Level").
+    """
+    status = db.execute(_LOCK, {"b_id": call.task_id}).scalar()
+    if status is None:
+        return Refusal(Code.TASK_NOT_FOUND, f"there is no task {call.task_id}")
     row = db.execute(_LOOK_UP, {"b_id": call.task_id, "b_attempt": call.attempt_id}).mappings().one_or_none()
     if row is None:
-        return _unknown(db, call)
+        return superseded(call, Status(status))
     values: dict[str, Any] = {**row, "status": Status(row["status"]), "state": AttemptState(row["state"])}
     held = Held(**values)
     if held.agent_id != call.agent_id or held.machine_id != call.machine_id:
@@ -93,10 +103,3 @@ def superseded(call: Call, status: Status) -> Refusal:
     return Refusal(
         Code.ATTEMPT_MISMATCH, f"attempt {call.attempt_id} is not the present attempt of task {call.task_id}"
     )
-
-
-def _unknown(db: Connection, call: Call) -> Refusal:
-    status = db.execute(_STATUS, {"b_id": call.task_id}).scalar()
-    if status is None:
-        return Refusal(Code.TASK_NOT_FOUND, f"there is no task {call.task_id}")
-    return superseded(call, Status(status))
