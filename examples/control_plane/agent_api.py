@@ -8,6 +8,7 @@ from typing import Final
 
 from aiohttp import web
 
+from control_plane.answers import Bare
 from control_plane.dialect import Dialect
 from control_plane.endpoints import endpoint
 from control_plane.requests import (
@@ -22,8 +23,11 @@ from control_plane.requests import (
 )
 from control_plane.service import Service
 from control_plane.settings import WAIT_MAX_S
+from control_plane.store.audit import Actor
 from control_plane.store.claims import ClaimOrder
 from control_plane.store.fencing import Call
+from control_plane.store.tables import ID_CHARS
+from remotegpu_schemas.errors import Refused
 from remotegpu_schemas.wire import JsonObject
 
 BASE_PATH: Final = "/api/v1/agent"
@@ -73,8 +77,18 @@ class AgentApi:
         self, name: str, handler: Callable[[AgentCall], Awaitable[JsonObject | None]]
     ) -> Callable[[web.Request], Awaitable[JsonObject | None]]:
         async def handle(request: web.Request) -> JsonObject | None:
-            machine_id = await self._service.gate.machine_of(request.headers)
-            return await handler(AgentCall(name, request, machine_id, await read_object(request)))
+            who = "unknown"
+            try:
+                caller = await self._service.gate.caller_of(request.headers)
+                who = f"agent:@{caller.machine_id}"
+                body = await read_object(request)
+                who = f"agent:{str(body.get('agent_id'))[:ID_CHARS]}@{caller.machine_id}"
+                caller.check_agent(body.get("agent_id"))
+                return await handler(AgentCall(name, request, caller.machine_id, body))
+            except (Refused, Bare) as refusal:
+                by, subject = Actor(who, request.remote), request.match_info.get("task_id", "")
+                await self._service.audit.refused(by, f"{name}.refused", subject, _reason(refusal))
+                raise
 
         return handle
 
@@ -145,6 +159,10 @@ class AgentApi:
         about = call.about(body)
         ended = await self._service.release(about, body.reason)
         return {"task_id": about.task_id, "status": ended.status}
+
+
+def _reason(refusal: Refused | Bare) -> str:
+    return f"{refusal.status if isinstance(refusal, Bare) else int(refusal.code)} {refusal}"
 
 
 def _is_gone(request: web.Request) -> bool:

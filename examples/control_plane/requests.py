@@ -41,10 +41,10 @@ def _time(value: str) -> str:
     return value
 
 
-_Id = Annotated[str, StringConstraints(pattern=rf"^{limits.ID_PATTERN}$")]
-_Text = Annotated[str, AfterValidator(_storable)]
+Id = Annotated[str, StringConstraints(pattern=rf"^{limits.ID_PATTERN}$")]
+Text = Annotated[str, AfterValidator(_storable)]
 _Output = Annotated[str, AfterValidator(_inline)]
-_Time = Annotated[str, AfterValidator(_time)]
+Time = Annotated[str, AfterValidator(_time)]
 
 
 class Body(BaseModel):
@@ -53,18 +53,24 @@ class Body(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
 
+class OperatorBody(BaseModel):
+    """What a person writes: types as they are written, unknown fields refused, since they are misspelt ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
 class AgentBody(Body):
     """What calls about the host begin with."""
 
-    agent_id: _Id
-    machine_id: _Id
+    agent_id: Id
+    machine_id: Id
 
 
 class ClaimBody(AgentBody):
     """POST /tasks/claim."""
 
     limit: Annotated[int, Field(ge=1)]
-    request_id: _Id
+    request_id: Id
     wait_sec: Annotated[float, Field(ge=0)] = 0
     capacity: dict[str, Any] = {}
 
@@ -78,15 +84,15 @@ class ClaimBody(AgentBody):
 class AttemptBody(Body):
     """What every call about an attempt begins with."""
 
-    agent_id: _Id
-    attempt_id: _Id
+    agent_id: Id
+    attempt_id: Id
 
 
 class StartBody(AttemptBody):
     """POST /tasks/{id}/start."""
 
     process_id: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    gpu_uuids: list[_Text] = []
+    gpu_uuids: list[Text] = []
     run_no: Annotated[int, Field(ge=1, lt=2**31)] = 1
 
 
@@ -100,13 +106,13 @@ class ProgressBody(AttemptBody):
     """POST /tasks/{id}/progress."""
 
     percent: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
-    message: Annotated[_Text, Field(max_length=limits.PROGRESS_MESSAGE_MAX_CHARS)]
+    message: Annotated[Text, Field(max_length=limits.PROGRESS_MESSAGE_MAX_CHARS)]
 
 
 class ReleaseBody(AttemptBody):
     """POST /tasks/{id}/release."""
 
-    reason: Annotated[_Text, Field(max_length=limits.WIRE_MESSAGE_MAX_CHARS)]
+    reason: Annotated[Text, Field(max_length=limits.WIRE_MESSAGE_MAX_CHARS)]
 
 
 class PlainCompletion(AttemptBody):
@@ -115,7 +121,7 @@ class PlainCompletion(AttemptBody):
     exit_code: Annotated[int, Field(ge=-(2**31), lt=2**31)]
     stdout: _Output = ""
     stderr: _Output = ""
-    error: _Text = ""
+    error: Text = ""
 
 
 class Completion(PlainCompletion):
@@ -124,8 +130,8 @@ class Completion(PlainCompletion):
     status: Literal["completed", "failed", "cancelled"] | None = None
     cause: Annotated[Cause, Field(strict=False)] | None = None
     signal: Annotated[int, Field(ge=1, le=64)] | None = None
-    started_at: _Time | None = None
-    ended_at: _Time | None = None
+    started_at: Time | None = None
+    ended_at: Time | None = None
     runs: Annotated[int, Field(ge=0)] = 1
     truncated: bool = False
     artifacts: list[dict[str, Any]] = []
@@ -141,8 +147,8 @@ class Completion(PlainCompletion):
 class MachineBody(Body):
     """POST /machines."""
 
-    machine_id: _Id | None = None
-    name: Annotated[_Text, Field(max_length=limits.NAME_MAX_CHARS)] = ""
+    machine_id: Id | None = None
+    name: Annotated[Text, Field(max_length=limits.NAME_MAX_CHARS)] = ""
 
 
 def parse(model: type[M], body: JsonObject) -> M:

@@ -11,18 +11,22 @@ from typing import Any, Self, TypeVar
 
 from sqlalchemy import Connection
 
+from control_plane.audit import Audit
 from control_plane.auth import Gate, digest_of, new_token
 from control_plane.bell import Bell, wait
 from control_plane.reaper import Reaper
 from control_plane.settings import LEASE_MAX_S, Settings
-from control_plane.store import attempts, claims, machines, tasks
+from control_plane.store import attempts, audit, claims, machines, tasks
 from control_plane.store.attempts import Ended, Renewed, Started
+from control_plane.store.audit import IN_PROCESS, Actor
 from control_plane.store.claims import ClaimedTask, ClaimOrder, Reaped
 from control_plane.store.database import Database, open_database
 from control_plane.store.fencing import Call
 from control_plane.store.outcomes import Refusal
 from control_plane.store.tables import Status
 from control_plane.submissions import check_all
+from control_plane.tokens import Tokens
+from control_plane.work import Work
 from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.wire import JsonObject
 
@@ -39,7 +43,10 @@ class Service:
         self._claimable = Bell()
         self._ended = Bell()
         self._is_stopping = False
-        self.gate = Gate(settings.admin_token, self._machine_of_token)
+        self.work = Work(database, settings, new_id)
+        self.audit = Audit(self.work)
+        self.tokens = Tokens(self.work, self._forget_tokens)
+        self.gate = Gate(settings.admin_token, self.tokens.caller_of, lambda: settings.now_ms)
         self.reaper = Reaper(self._reap, lambda: settings.now_ms)
 
     @classmethod
@@ -66,29 +73,48 @@ class Service:
 
     # --- for operators ---------------------------------------------------------------------------------------------
 
-    async def enrol(self, machine_id: str, name: str = "") -> str:
-        """Give a machine its token; a second time replaces it."""
+    async def enrol(self, machine_id: str, name: str = "", by: Actor = IN_PROCESS) -> str:
+        """Give a machine its token; a second time replaces it. Tokens that were issued besides stay good."""
         now_ms, token = self._settings.now_ms, new_token()
-        await self._database.run(lambda db: machines.enrol(db, machine_id, name, digest_of(token), now_ms))
-        self.gate.forget()
+
+        def unit(db: Connection) -> None:
+            machines.enrol(db, machine_id, name, digest_of(token), now_ms)
+            audit.record(db, now_ms, by, "machine.enrol", machine_id)
+
+        await self._database.run(unit)
+        self._forget_tokens()
         return token
 
     async def machines(self) -> list[dict[str, Any]]:
         """Every machine, with its agents."""
         return await self._database.run(machines.list_machines)
 
-    async def submit(self, items: Sequence[object]) -> list[str]:
+    async def submit(self, items: Sequence[object], by: Actor = IN_PROCESS) -> list[str]:
         """Add tasks in the claimed-task form, all or none, and wake who waits for some. Gives their ids."""
         new = check_all(items, self._new_id)
         now_ms = self._settings.now_ms
-        await self._ask(lambda db: tasks.add(db, new, now_ms))
+
+        def unit(db: Connection) -> Refusal | None:
+            refusal = tasks.add(db, new, now_ms)
+            if refusal is None:
+                audit.record(db, now_ms, by, "task.submit", new[0].id, f"{len(new)} tasks")
+            return refusal
+
+        await self._ask(unit)
         self._claimable.ring()
         return [task.id for task in new]
 
-    async def cancel(self, task_id: str) -> Status:
+    async def cancel(self, task_id: str, by: Actor = IN_PROCESS) -> Status:
         """Cancel a task, or ask its agent to; the status is what it has now."""
         now_ms = self._settings.now_ms
-        status = await self._ask(lambda db: tasks.cancel(db, task_id, now_ms))
+
+        def unit(db: Connection) -> Status | Refusal:
+            status = tasks.cancel(db, task_id, now_ms)
+            if not isinstance(status, Refusal):
+                audit.record(db, now_ms, by, "task.cancel", task_id)
+            return status
+
+        status = await self._ask(unit)
         if status.is_final:
             self._ended.ring()
         return status
@@ -198,13 +224,10 @@ class Service:
     # --- inside ----------------------------------------------------------------------------------------------------
 
     async def _ask(self, unit: Callable[[Connection], T | Refusal]) -> T:
-        outcome = await self._database.run(unit)
-        if isinstance(outcome, Refusal):
-            raise Refused(outcome.code, outcome.message)
-        return outcome
+        return await self.work.ask(unit)
 
-    async def _machine_of_token(self, digest: str) -> str | None:
-        return await self._database.run(lambda db: machines.machine_of_token(db, digest))
+    def _forget_tokens(self) -> None:
+        self.gate.forget()
 
     def _tell(self, ended: Ended) -> None:
         if ended.is_new:

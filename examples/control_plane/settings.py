@@ -19,6 +19,19 @@ TASKS_PER_CALL_MAX: Final = 10_000
 LIST_MAX: Final = 1000
 REJECTION_EVENTS_MAX: Final = 100
 """Further rejected calls for one task are only counted."""
+AUDIT_REFUSALS_PER_MINUTE: Final = 120
+"""Refused calls of agents in the audit log; further ones are only counted, since anybody may be refused."""
+AUDIT_PRUNE_EVERY: Final = 500
+"""So many changes and refusals come between two looks at the audit log's bounds."""
+TOKENS_PER_MACHINE_MAX: Final = 64
+DEAD_TOKENS_KEPT_MS: Final = 7 * 86_400_000
+"""So long an expired or revoked token stays in the list, for whoever asks what became of it."""
+TOKEN_TTL_MAX_S: Final = 10 * 366 * 86_400
+TOKEN_OVERLAP_DEFAULT_S: Final = 3600
+TOKEN_OVERLAP_MAX_S: Final = 30 * 86_400
+"""A fleet's tokens are rolled out within days; for longer two tokens are two, and not one that is being rotated."""
+TOKEN_KNOWN_MS: Final = 5000
+"""So long an instance believes a token without asking the store again."""
 STOP_PATIENCE_S: Final = 1.0
 
 
@@ -44,6 +57,9 @@ class Settings:
     `lease_ttl_s`."""
     accepts_late_results: bool = True
     """A result that comes after its lease counts as long as nobody else has claimed the task; false answers 30003."""
+    audit_retention_s: float = 90 * 86_400.0
+    audit_rows_max: int = 200_000
+    """The oldest entries of the audit log go above this; some 60 MB."""
     compat: bool = False
     """Answer as deployed planes do (protocol.md, "Deployed peers")."""
     compat_errors: Literal["status", "body"] = "status"
