@@ -11,7 +11,7 @@ from control_plane import audit_api
 from control_plane.dialect import Strict
 from control_plane.endpoints import endpoint
 from control_plane.operator_calls import Route, actor_of, count_of, limit_of, with_times
-from control_plane.requests import MachineBody, parse, read_json, read_object
+from control_plane.requests import MachineBody, SubmissionBody, parse, read_json, read_object
 from control_plane.service import Service
 from control_plane.store.tables import Status
 from control_plane.submissions import read_task_file
@@ -74,13 +74,15 @@ class AdminApi:
         return {"machines": [with_times(machine) for machine in machines]}
 
     async def _submit(self, request: web.Request) -> JsonObject:
-        items: object
         if request.content_type in _YAML:
-            items = read_task_file(await request.read())
+            return {"task_ids": await self._service.submit(read_task_file(await request.read()), actor_of(request))}
+        sent = await read_json(request)
+        if isinstance(sent, dict) and "tasks" in sent:
+            body = parse(SubmissionBody, sent)
+            task_ids = await self._service.submit(body.tasks, actor_of(request), body.to.destination)
         else:
-            items = await read_json(request)
-        items = items if isinstance(items, list) else [items]
-        return {"task_ids": await self._service.submit(items, actor_of(request))}
+            task_ids = await self._service.submit(sent if isinstance(sent, list) else [sent], actor_of(request))
+        return {"task_ids": task_ids}
 
     async def _tasks(self, request: web.Request) -> JsonObject:
         status = request.query.get("status")
@@ -104,6 +106,8 @@ class AdminApi:
 def task_view(task: dict[str, Any]) -> JsonObject:
     """A task as operators see it; a single one also has `attempt_list` and `events`."""
     view = with_times(task)
+    if view["machine_labels"] is not None:
+        view["machine_id"] = None
     view["machine_id"] = view["machine_id"] or None
     view["progress"] = {"percent": view.pop("progress_percent"), "message": view.pop("progress_message")}
     view["completions"] = {name: view.pop(f"completions_{name}") for name in ("accepted", "repeated", "rejected")}

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from aiohttp import web
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from control_plane.settings import LEASE_MAX_S
+from control_plane.settings import LEASE_MAX_S, LIST_MAX
+from control_plane.store.distribution import Destination, Mode
 from remotegpu_schemas import limits
 from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.states import Cause
@@ -44,6 +45,7 @@ def _time(value: str) -> str:
 Id = Annotated[str, StringConstraints(pattern=rf"^{limits.ID_PATTERN}$")]
 Text = Annotated[str, AfterValidator(_storable)]
 _Output = Annotated[str, AfterValidator(_inline)]
+LabelText = Annotated[Text, Field(max_length=limits.LABEL_MAX_CHARS)]
 Time = Annotated[str, AfterValidator(_time)]
 
 
@@ -149,6 +151,40 @@ class MachineBody(Body):
 
     machine_id: Id | None = None
     name: Annotated[Text, Field(max_length=limits.NAME_MAX_CHARS)] = ""
+
+
+class DestinationBody(OperatorBody):
+    """`to` of what is submitted."""
+
+    mode: Annotated[Mode, Field(strict=False)] = Mode.ANY
+    labels: Annotated[dict[LabelText, LabelText], Field(max_length=limits.LABELS_MAX_COUNT)] = {}
+    machine_ids: Annotated[list[Id], Field(max_length=LIST_MAX)] = []
+
+    @property
+    def destination(self) -> Destination:
+        """As the store takes it."""
+        return Destination(self.mode, self.labels, tuple(dict.fromkeys(self.machine_ids)))
+
+
+class SubmissionBody(OperatorBody):
+    """POST /tasks with a destination."""
+
+    tasks: list[Any]
+    to: DestinationBody = DestinationBody()
+
+
+def usable_labels(value: object) -> dict[str, str]:
+    """What a registration says about labels. What is none is left out: an agent is never refused for it."""
+    items = value.items() if isinstance(value, dict) else ()
+    found = {name: text for name, text in items if _is_label(name) and _is_label(text)}
+    return dict(list(found.items())[: limits.LABELS_MAX_COUNT])
+
+
+def _is_label(text: object) -> bool:
+    try:
+        return isinstance(text, str) and len(_storable(text)) <= limits.LABEL_MAX_CHARS
+    except ValueError:
+        return False
 
 
 def parse(model: type[M], body: JsonObject) -> M:

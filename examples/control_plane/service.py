@@ -15,12 +15,14 @@ from control_plane.audit import Audit
 from control_plane.auth import Gate, digest_of, new_token
 from control_plane.bell import Bell, wait
 from control_plane.reaper import Reaper
+from control_plane.requests import usable_labels
 from control_plane.settings import LEASE_MAX_S, Settings
-from control_plane.store import attempts, audit, claims, machines, tasks
+from control_plane.store import attempts, audit, claims, distribution, labels, machines, tasks
 from control_plane.store.attempts import Ended, Renewed, Started
 from control_plane.store.audit import IN_PROCESS, Actor
 from control_plane.store.claims import ClaimedTask, ClaimOrder, Reaped
 from control_plane.store.database import Database, open_database
+from control_plane.store.distribution import ANYWHERE, Destination
 from control_plane.store.fencing import Call
 from control_plane.store.outcomes import Refusal
 from control_plane.store.tables import Status
@@ -86,23 +88,34 @@ class Service:
         return token
 
     async def machines(self) -> list[dict[str, Any]]:
-        """Every machine, with its agents."""
-        return await self._database.run(machines.list_machines)
+        """Every machine, with its agents and labels."""
 
-    async def submit(self, items: Sequence[object], by: Actor = IN_PROCESS) -> list[str]:
+        def unit(db: Connection) -> list[dict[str, Any]]:
+            known = labels.of_machines(db)
+            return [
+                machine | {"labels": known.get(machine["machine_id"], {})} for machine in machines.list_machines(db)
+            ]
+
+        return await self._database.run(unit)
+
+    async def submit(self, items: Sequence[object], by: Actor = IN_PROCESS, to: Destination = ANYWHERE) -> list[str]:
         """Add tasks in the claimed-task form, all or none, and wake who waits for some. Gives their ids."""
         new = check_all(items, self._new_id)
         now_ms = self._settings.now_ms
 
-        def unit(db: Connection) -> Refusal | None:
-            refusal = tasks.add(db, new, now_ms)
-            if refusal is None:
-                audit.record(db, now_ms, by, "task.submit", new[0].id, f"{len(new)} tasks")
-            return refusal
+        def unit(db: Connection) -> list[str] | Refusal:
+            placed = distribution.place(db, new, to, now_ms)
+            if isinstance(placed, Refusal):
+                return placed
+            refusal = tasks.add(db, placed, now_ms)
+            if refusal is not None:
+                return refusal
+            audit.record(db, now_ms, by, "task.submit", placed[0].id, f"{len(placed)} tasks, {to.mode}")
+            return [task.id for task in placed]
 
-        await self._ask(unit)
+        task_ids = await self._ask(unit)
         self._claimable.ring()
-        return [task.id for task in new]
+        return task_ids
 
     async def cancel(self, task_id: str, by: Actor = IN_PROCESS) -> Status:
         """Cancel a task, or ask its agent to; the status is what it has now."""
@@ -149,7 +162,15 @@ class Service:
     async def register(self, agent_id: str, machine_id: str, registration: JsonObject) -> None:
         """Keep what an agent says about its host."""
         now_ms = self._settings.now_ms
-        await self._database.run(lambda db: machines.register(db, agent_id, machine_id, registration, now_ms))
+        own_labels = {} if self._settings.compat else usable_labels(registration.get("labels"))
+
+        def unit(db: Connection) -> None:
+            machines.register(db, agent_id, machine_id, registration, now_ms)
+            labels.keep(db, machine_id, own_labels)
+
+        await self._database.run(unit)
+        if own_labels:
+            self._claimable.ring()  # tasks may have waited for a machine like this
 
     async def heartbeat(self, agent_id: str, machine_id: str, body: JsonObject) -> list[tuple[str, str]] | None:
         """Keep a heartbeat; gives the (task, attempt) pairs to be cancelled, None for an agent that must register."""

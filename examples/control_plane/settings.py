@@ -32,6 +32,8 @@ TOKEN_OVERLAP_MAX_S: Final = 30 * 86_400
 """A fleet's tokens are rolled out within days; for longer two tokens are two, and not one that is being rotated."""
 TOKEN_KNOWN_MS: Final = 5000
 """So long an instance believes a token without asking the store again."""
+SELECTORS_MAX: Final = 10_000
+"""Different sets of labels that tasks ask for: as many as there may be machines, if each had a label of its own."""
 STOP_PATIENCE_S: Final = 1.0
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, RowMapping, bindparam, func, insert, select, update
 
+from control_plane.store import labels
 from control_plane.store.outcomes import add_event, event_row
 from control_plane.store.tables import ANY_MACHINE, AttemptState, EventKind, Status, attempts, events, tasks
 
@@ -109,7 +110,7 @@ def _assign(
 ) -> list[ClaimedTask]:
     rows = [
         row
-        for machine_id in (order.machine_id, ANY_MACHINE)
+        for machine_id in (order.machine_id, ANY_MACHINE, *labels.selectors_for(db, order.machine_id))
         for row in db.execute(_PICK, {"b_machine": machine_id, "b_limit": order.limit}).mappings()
     ]
     rows.sort(key=lambda row: (row["priority"], row["seq"]))
