@@ -10,6 +10,7 @@ from aiohttp import web
 from control_plane import audit_api
 from control_plane.dialect import Strict
 from control_plane.endpoints import endpoint
+from control_plane.group_api import GroupApi
 from control_plane.operator_calls import Route, actor_of, count_of, limit_of, with_times
 from control_plane.requests import MachineBody, SubmissionBody, parse, read_json, read_object
 from control_plane.service import Service
@@ -42,6 +43,7 @@ class AdminApi:
             Route("GET", "/tasks/{task_id}", "admin-task", self._task),
             Route("POST", "/tasks/{task_id}/cancel", "admin-cancel", self._cancel),
             Route("GET", "/stats", "admin-stats", self._stats),
+            *GroupApi(service.groups, self._new_id).routes(),
             *TokenApi(service.tokens, lambda: service.work.now_ms).routes(),
             *audit_api.routes(service.audit),
         )

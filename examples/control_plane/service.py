@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 from control_plane.audit import Audit
 from control_plane.auth import Gate, digest_of, new_token
 from control_plane.bell import Bell, wait
+from control_plane.groups import Groups
 from control_plane.reaper import Reaper
 from control_plane.requests import usable_labels
 from control_plane.settings import LEASE_MAX_S, Settings
@@ -49,6 +50,7 @@ class Service:
         self.audit = Audit(self.work)
         self.tokens = Tokens(self.work, self._forget_tokens)
         self.gate = Gate(settings.admin_token, self.tokens.caller_of, lambda: settings.now_ms)
+        self.groups = Groups(self.work, self._claimable.ring, self._ended.ring)
         self.reaper = Reaper(self._reap, lambda: settings.now_ms)
 
     @classmethod
@@ -130,6 +132,7 @@ class Service:
         status = await self._ask(unit)
         if status.is_final:
             self._ended.ring()
+            await self.groups.task_ended(task_id)
         return status
 
     async def task(self, task_id: str) -> dict[str, Any]:
@@ -228,14 +231,14 @@ class Service:
                 attempts_max=self._settings.attempts_max,
             )
         )
-        self._tell(ended)
+        await self._tell(call.task_id, ended)
         return ended
 
     async def release(self, call: Call, reason: str) -> Ended:
         """Take back a task that was not started."""
         now_ms = self._settings.now_ms
         ended = await self._ask(lambda db: attempts.release(db, call, now_ms, reason=reason))
-        self._tell(ended)
+        await self._tell(call.task_id, ended)
         return ended
 
     def _claim_unit(self, order: ClaimOrder) -> Callable[[Connection], list[ClaimedTask]]:
@@ -250,9 +253,11 @@ class Service:
     def _forget_tokens(self) -> None:
         self.gate.forget()
 
-    def _tell(self, ended: Ended) -> None:
+    async def _tell(self, task_id: str, ended: Ended) -> None:
         if ended.is_new:
             (self._ended if ended.status.is_final else self._claimable).ring()
+        if ended.status.is_final:
+            await self.groups.task_ended(task_id)
 
     async def _reap(self) -> Reaped:
         reaped = await self._database.run(
@@ -262,4 +267,5 @@ class Service:
             self._claimable.ring()
         if reaped.ended:
             self._ended.ring()
+        await self.groups.settle_all()
         return reaped

@@ -34,6 +34,11 @@ TOKEN_KNOWN_MS: Final = 5000
 """So long an instance believes a token without asking the store again."""
 SELECTORS_MAX: Final = 10_000
 """Different sets of labels that tasks ask for: as many as there may be machines, if each had a label of its own."""
+GROUP_TASKS_MAX: Final = 1000
+"""The end of each of a group's tasks looks at all of them."""
+GROUP_DEPENDENCIES_MAX: Final = 20_000
+CIRCLE_SHOWN_MAX: Final = 50
+"""So many tasks of a circle are named in a message."""
 STOP_PATIENCE_S: Final = 1.0
 
 
