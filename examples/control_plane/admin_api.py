@@ -16,6 +16,7 @@ from control_plane.requests import MachineBody, SubmissionBody, parse, read_json
 from control_plane.service import Service
 from control_plane.store.tables import Status
 from control_plane.submissions import read_task_file
+from control_plane.template_api import TemplateApi
 from control_plane.token_api import TokenApi
 from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.wire import JsonObject
@@ -44,6 +45,7 @@ class AdminApi:
             Route("POST", "/tasks/{task_id}/cancel", "admin-cancel", self._cancel),
             Route("GET", "/stats", "admin-stats", self._stats),
             *GroupApi(service.groups, self._new_id).routes(),
+            *TemplateApi(service).routes(),
             *TokenApi(service.tokens, lambda: service.work.now_ms).routes(),
             *audit_api.routes(service.audit),
         )

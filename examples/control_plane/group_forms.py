@@ -26,10 +26,11 @@ _OWN: Final = ("id", "depends_on", "when")
 """What is a task's own in a group, and no default."""
 _MERGED: Final = ("env", "labels")
 """Defaults and the task's own, key by key."""
-_TASK_KEYS: Final = (
+TASK_KEYS: Final = (
     frozenset(TaskForm.model_fields)
     | {"env_vars", "env_file", "image", "artifacts", "hooks", "notify", "preemptible", "on_reboot", "on_unreachable"}
 ) - {"group_id"}
+"""What a person may write into a task: taskfile.md's keys, also those that only agents read."""
 
 
 class GroupBody(OperatorBody):
@@ -60,9 +61,9 @@ def read_group(sent: JsonObject, new_id: Callable[[], str]) -> tuple[NewGroup, D
         raise _refused(f"tasks: a group has from 1 to {GROUP_TASKS_MAX} tasks, not {len(body.tasks)}")
     if body.to.mode is DestinationMode.BROADCAST:
         raise _refused("to.mode: copies of a group's tasks would have no dependencies; submit a group for each machine")
-    _check_keys(body.defaults, "defaults", _TASK_KEYS - set(_OWN))
+    check_keys(body.defaults, "defaults", TASK_KEYS - set(_OWN))
     for index, task in enumerate(body.tasks):
-        _check_keys(task, f"tasks[{index}]", _TASK_KEYS | set(_OWN))
+        check_keys(task, f"tasks[{index}]", TASK_KEYS | set(_OWN))
     links = _links_of(body)
     _check_dependencies(links)
     group_id = body.id or new_id()
@@ -125,8 +126,8 @@ def _written(circle: Sequence[str]) -> str:
     return " -> ".join([*shown, f"({len(circle) - CIRCLE_SHOWN_MAX} more)", circle[-1]])
 
 
-def _check_keys(given: Mapping[str, Any], where: str, known: frozenset[str] | set[str]) -> None:
-    """A misspelt `depends_on` that was ignored would start a task too early."""
+def check_keys(given: Mapping[str, Any], where: str, known: frozenset[str] | set[str]) -> None:
+    """Raises Refused (30005) for a key that is none: a misspelt `depends_on` would start a task too early."""
     for key in given:
         if key == "matrix":
             raise Refused(Code.NOT_SUPPORTED, f"{where}: matrix: is not supported by this plane; write the tasks out")

@@ -24,8 +24,8 @@ class Groups:
         self._on_claimable = on_claimable
         self._on_ended = on_ended
 
-    async def submit(self, new: NewGroup, to: Destination, by: Actor) -> dict[str, str]:
-        """Add the group, whole or not at all; gives the plane's id of each of its tasks."""
+    async def submit(self, new: NewGroup, to: Destination, by: Actor, origin: str = "") -> dict[str, str]:
+        """Add the group, whole or not at all; gives the plane's id of each of its tasks. `origin` is for the audit."""
         now_ms = self._work.now_ms
 
         def unit(db: Connection) -> dict[str, str] | Refusal:
@@ -35,7 +35,9 @@ class Groups:
             refusal = groups.add(db, new, placed, now_ms)
             if refusal is not None:
                 return refusal
-            audit.record(db, now_ms, by, "group.submit", new.group_id, f"{len(placed)} tasks, {new.mode}")
+            audit.record(
+                db, now_ms, by, "group.submit", new.group_id, f"{len(placed)} tasks, {new.mode} {origin}".strip()
+            )
             return {member.name: task.id for member, task in zip(new.members, placed, strict=True)}
 
         task_ids = await self._work.ask(unit)

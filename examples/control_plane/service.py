@@ -28,6 +28,7 @@ from control_plane.store.fencing import Call
 from control_plane.store.outcomes import Refusal
 from control_plane.store.tables import Status
 from control_plane.submissions import check_all
+from control_plane.templates import Templates
 from control_plane.tokens import Tokens
 from control_plane.work import Work
 from remotegpu_schemas.errors import Code, Refused
@@ -51,6 +52,7 @@ class Service:
         self.tokens = Tokens(self.work, self._forget_tokens)
         self.gate = Gate(settings.admin_token, self.tokens.caller_of, lambda: settings.now_ms)
         self.groups = Groups(self.work, self._claimable.ring, self._ended.ring)
+        self.templates = Templates(self.work)
         self.reaper = Reaper(self._reap, lambda: settings.now_ms)
 
     @classmethod
@@ -100,8 +102,13 @@ class Service:
 
         return await self._database.run(unit)
 
-    async def submit(self, items: Sequence[object], by: Actor = IN_PROCESS, to: Destination = ANYWHERE) -> list[str]:
-        """Add tasks in the claimed-task form, all or none, and wake who waits for some. Gives their ids."""
+    async def submit(
+        self, items: Sequence[object], by: Actor = IN_PROCESS, to: Destination = ANYWHERE, origin: str = ""
+    ) -> list[str]:
+        """Add tasks in the claimed-task form, all or none, and wake who waits for some. Gives their ids.
+
+        `origin` is for the audit log: what the tasks were made of.
+        """
         new = check_all(items, self._new_id)
         now_ms = self._settings.now_ms
 
@@ -112,7 +119,9 @@ class Service:
             refusal = tasks.add(db, placed, now_ms)
             if refusal is not None:
                 return refusal
-            audit.record(db, now_ms, by, "task.submit", placed[0].id, f"{len(placed)} tasks, {to.mode}")
+            audit.record(
+                db, now_ms, by, "task.submit", placed[0].id, f"{len(placed)} tasks, {to.mode} {origin}".strip()
+            )
             return [task.id for task in placed]
 
         task_ids = await self._ask(unit)

@@ -21,7 +21,7 @@ REJECTION_EVENTS_MAX: Final = 100
 """Further rejected calls for one task are only counted."""
 AUDIT_REFUSALS_PER_MINUTE: Final = 120
 """Refused calls of agents in the audit log; further ones are only counted, since anybody may be refused."""
-AUDIT_PRUNE_EVERY: Final = 500
+AUDIT_PRUNE_EVERY: Final = 200
 """So many changes and refusals come between two looks at the audit log's bounds."""
 TOKENS_PER_MACHINE_MAX: Final = 64
 DEAD_TOKENS_KEPT_MS: Final = 7 * 86_400_000
@@ -39,6 +39,12 @@ GROUP_TASKS_MAX: Final = 1000
 GROUP_DEPENDENCIES_MAX: Final = 20_000
 CIRCLE_SHOWN_MAX: Final = 50
 """So many tasks of a circle are named in a message."""
+TEMPLATES_MAX: Final = 1000
+TEMPLATE_VERSIONS_MAX: Final = 1000
+TEMPLATE_VARIABLES_MAX: Final = 64
+TEMPLATE_OPTIONS_MAX: Final = 256
+TEMPLATE_VALUE_MAX_CHARS: Final = 8192
+"""A value is one argument or one environment value; much longer ones belong into a file."""
 STOP_PATIENCE_S: Final = 1.0
 
 
