@@ -44,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     token.add_argument("--admin-token-file", type=Path, metavar="FILE", help="the operator's token, alone in a file")
     token.add_argument("--admin-token", metavar="TOKEN", help="the operator's token; others on this host can see it")
     parser.add_argument("--lease-ttl", type=float, default=60.0, metavar="SECONDS", help="default: 60")
+    parser.add_argument("--uploads", type=Path, metavar="DIR", help="takes agents' files; made if missing")
+    parser.add_argument("--public-url", metavar="URL", help="where agents reach it, if not where it listens")
     parser.add_argument("--compat", action="store_true", help="answer as deployed control planes do")
     parser.add_argument("--ready-file", type=Path, metavar="FILE", help="gets the line of JSON when the plane listens")
     parser.add_argument("--verbose", action="store_true", help="log refused calls too")
@@ -62,6 +64,8 @@ def _settings(options: argparse.Namespace) -> Settings:
         host=host.removeprefix("[").removesuffix("]"),
         port=int(port),
         lease_ttl_s=options.lease_ttl,
+        uploads_dir=options.uploads,
+        public_url=options.public_url,
         compat=options.compat,
     )
 

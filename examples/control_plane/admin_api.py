@@ -18,6 +18,7 @@ from control_plane.store.tables import Status
 from control_plane.submissions import read_task_file
 from control_plane.template_api import TemplateApi
 from control_plane.token_api import TokenApi
+from control_plane.upload_api import UploadApi
 from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.wire import JsonObject
 
@@ -28,8 +29,9 @@ _YAML: Final = frozenset({"application/yaml", "application/x-yaml", "text/yaml"}
 class AdminApi:
     """The handlers."""
 
-    def __init__(self, service: Service, new_id: Callable[[], str]) -> None:
+    def __init__(self, service: Service, new_id: Callable[[], str], uploads: UploadApi | None = None) -> None:
         self._service = service
+        self._uploads = uploads
         self._new_id = new_id
         self._dialect = Strict()
 
@@ -48,6 +50,7 @@ class AdminApi:
             *TemplateApi(service).routes(),
             *TokenApi(service.tokens, lambda: service.work.now_ms).routes(),
             *audit_api.routes(service.audit),
+            *([] if self._uploads is None else self._uploads.routes()),
         )
         for method, path, name, handler in routes:
             app.router.add_route(

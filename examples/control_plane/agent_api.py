@@ -27,7 +27,8 @@ from control_plane.store.audit import Actor
 from control_plane.store.claims import ClaimOrder
 from control_plane.store.fencing import Call
 from control_plane.store.tables import ID_CHARS
-from remotegpu_schemas.errors import Refused
+from control_plane.upload_api import UploadApi, UploadUrlBody
+from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.wire import JsonObject
 
 BASE_PATH: Final = "/api/v1/agent"
@@ -50,8 +51,11 @@ class AgentCall:
 class AgentApi:
     """The handlers; `add_routes` names each route as its call."""
 
-    def __init__(self, service: Service, dialect: Dialect, new_id: Callable[[], str]) -> None:
+    def __init__(
+        self, service: Service, dialect: Dialect, new_id: Callable[[], str], uploads: UploadApi | None = None
+    ) -> None:
         self._service = service
+        self._uploads = uploads
         self._dialect = dialect
         self._new_id = new_id
 
@@ -66,12 +70,17 @@ class AgentApi:
             "progress": ("/tasks/{task_id}/progress", self._progress),
             "complete": ("/tasks/{task_id}/complete", self._complete),
             "release": ("/tasks/{task_id}/release", self._release),
+            "upload-url": ("/tasks/{task_id}/result/upload-url", self._upload_url),
         }
         for name, (path, handler) in handlers.items():
-            if name != "release" or self._dialect.offers_release:
+            if self._offers(name):
                 app.router.add_post(
                     BASE_PATH + path, endpoint(self._dialect, self._new_id, self._checked(name, handler)), name=name
                 )
+
+    def _offers(self, name: str) -> bool:
+        optional = {"release": self._dialect.offers_release, "upload-url": self._dialect.offers_uploads}
+        return optional.get(name, True)
 
     def _checked(
         self, name: str, handler: Callable[[AgentCall], Awaitable[JsonObject | None]]
@@ -159,6 +168,12 @@ class AgentApi:
         about = call.about(body)
         ended = await self._service.release(about, body.reason)
         return {"task_id": about.task_id, "status": ended.status}
+
+    async def _upload_url(self, call: AgentCall) -> JsonObject | None:
+        body = parse(UploadUrlBody, call.body)
+        if self._uploads is None:
+            raise Refused(Code.NOT_SUPPORTED, "this control plane takes no uploads")
+        return await self._uploads.url_for(call.request, call.about(body), body)
 
 
 def _reason(refusal: Refused | Bare) -> str:

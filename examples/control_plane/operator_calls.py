@@ -43,7 +43,7 @@ def count_of(request: web.Request, name: str, default: int) -> int:
     text = request.query.get(name)
     if text is None:
         return default
-    if not text.isascii() or not text.isdecimal() or len(text) > 9:
+    if not text.isascii() or not text.isdecimal() or len(text) > 12:
         raise Refused(Code.INVALID_PARAMETERS, f"{name}: {text[:20]!r} is not a number from 0")
     return int(text)
 

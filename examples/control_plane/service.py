@@ -30,6 +30,8 @@ from control_plane.store.tables import Status
 from control_plane.submissions import check_all
 from control_plane.templates import Templates
 from control_plane.tokens import Tokens
+from control_plane.upload_files import UploadDirectory, open_directory
+from control_plane.uploads import Uploads
 from control_plane.work import Work
 from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.wire import JsonObject
@@ -40,7 +42,9 @@ T = TypeVar("T")
 class Service:
     """An open plane. Made by `open`; every method may be called concurrently."""
 
-    def __init__(self, settings: Settings, database: Database, new_id: Callable[[], str]) -> None:
+    def __init__(
+        self, settings: Settings, database: Database, new_id: Callable[[], str], files: UploadDirectory | None = None
+    ) -> None:
         self._settings = settings
         self._database = database
         self._new_id = new_id
@@ -53,12 +57,14 @@ class Service:
         self.gate = Gate(settings.admin_token, self.tokens.caller_of, lambda: settings.now_ms)
         self.groups = Groups(self.work, self._claimable.ring, self._ended.ring)
         self.templates = Templates(self.work)
+        self.uploads = None if files is None else Uploads(self.work, files)
         self.reaper = Reaper(self._reap, lambda: settings.now_ms)
 
     @classmethod
     async def open(cls, settings: Settings, new_id: Callable[[], str]) -> Self:
         """Open the database, give every lease its grace, and start the reaper. Raises CannotServe."""
-        service = cls(settings, await open_database(settings.database), new_id)
+        files = None if settings.uploads_dir is None else open_directory(settings.uploads_dir, settings.now())
+        service = cls(settings, await open_database(settings.database), new_id, files)
         grace_s = settings.lease_ttl_s if settings.restart_grace_s is None else settings.restart_grace_s
         if grace_s > 0:
             until_ms = settings.now_ms + int(grace_s * 1000)

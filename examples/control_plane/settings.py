@@ -45,6 +45,10 @@ TEMPLATE_VARIABLES_MAX: Final = 64
 TEMPLATE_OPTIONS_MAX: Final = 256
 TEMPLATE_VALUE_MAX_CHARS: Final = 8192
 """A value is one argument or one environment value; much longer ones belong into a file."""
+UPLOADS_AT_ONCE_MAX: Final = 64
+"""Each holds two megabytes at most, and a thread while it writes one."""
+UPLOAD_STALL_S: Final = 60.0
+"""An upload of which nothing comes for so long is given up."""
 STOP_PATIENCE_S: Final = 1.0
 
 
@@ -73,6 +77,17 @@ class Settings:
     audit_retention_s: float = 90 * 86_400.0
     audit_rows_max: int = 200_000
     """The oldest entries of the audit log go above this; some 60 MB."""
+    uploads_dir: Path | None = None
+    """Where agents' files go; None: the feature `upload-url` is not offered. Instances share it."""
+    upload_max_bytes: int = 16 * 1024**3
+    """One file: a large checkpoint."""
+    uploads_per_attempt_max: int = 1000
+    uploads_total_max_bytes: int = 1024**4
+    """All files together, also those that were asked for and have not come."""
+    upload_url_ttl_s: float = 3600.0
+    """An upload must have begun by then."""
+    public_url: str | None = None
+    """Where agents reach the plane, without a path; None: as the asking agent did. For proxies that end TLS."""
     compat: bool = False
     """Answer as deployed planes do (protocol.md, "Deployed peers")."""
     compat_errors: Literal["status", "body"] = "status"
