@@ -63,7 +63,7 @@ class Service:
     @classmethod
     async def open(cls, settings: Settings, new_id: Callable[[], str]) -> Self:
         """Open the database, give every lease its grace, and start the reaper. Raises CannotServe."""
-        files = None if settings.uploads_dir is None else open_directory(settings.uploads_dir, settings.now())
+        files = None if settings.uploads_dir is None else open_directory(settings.uploads_dir, settings.now_ms / 1000)
         service = cls(settings, await open_database(settings.database), new_id, files)
         grace_s = settings.lease_ttl_s if settings.restart_grace_s is None else settings.restart_grace_s
         if grace_s > 0:
