@@ -2,21 +2,21 @@
 
 | call | what it does |
 |---|---|
-| POST /machines {machine_id?, name?}, GET /machines | enrol: a machine's first token; machines with agents and labels |
-| POST /machines/{id}/tokens {agent_id?, name?, ttl_sec? or expires_at?}, GET | issue a further token; list without secrets |
+| POST /machines {machine_id?, name?}, GET /machines | enrol: its first token; machines with agents and labels |
+| POST /machines/{id}/tokens {agent_id?, name?, ttl_sec? or expires_at?}, GET | issue a further one; list, without secrets |
 | POST /tokens/{id}/rotate {overlap_sec?, ttl_sec? or expires_at?}, /revoke | both good for the overlap; over at once |
 | POST /tasks | a task, a list of them, a task file (`application/yaml`), or {tasks[], to} |
 | GET /tasks?status, GET /tasks/{id}, POST /tasks/{id}/cancel, GET /stats | |
 | GET /tasks/{id}/artifacts, GET and DELETE /tasks/{id}/artifacts/{attempt_id}/{name} | files; with `uploads_dir` only |
-| POST /groups {id?, name?, mode?, on_failure?, max_parallel?, defaults{}?, tasks[], to?} | tasks with depends_on and when |
+| POST /groups {id?, name?, mode?, on_failure?, max_parallel?, defaults{}?, tasks[], to?} | with depends_on, when |
 | GET /groups?state, GET /groups/{id}, POST /groups/{id}/cancel | |
-| POST /templates {name, description?, variables[]?, task or group}, GET /templates | the next version; the newest of all |
+| POST /templates {name, description?, variables[]?, task or group}, GET /templates | next version; newest of all |
 | GET /templates/{name}?version, DELETE /templates/{name} | |
-| POST /templates/{name}/instantiate {variables{}, version?, id?, to?} | a task or a group, as if it had been submitted |
+| POST /templates/{name}/instantiate {variables{}, version?, id?, to?} | submits a task or a group |
 | GET /audit?actor, action, subject, since, until, limit, before | who did what when, newest first |
 
-`to` is {mode: any, broadcast or scatter, labels{}?, machine_ids[]?}. Lists take `limit` and `offset`. `X-Operator: NAME`
-names the operator in the audit log.
+`to` is {mode: any, broadcast or scatter, labels{}?, machine_ids[]?}. Lists take `limit` and `offset`.
+`X-Operator: NAME` names the operator in the audit log.
 """
 
 from __future__ import annotations
