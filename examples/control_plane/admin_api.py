@@ -3,7 +3,7 @@
 | call | what it does |
 |---|---|
 | POST /machines {machine_id?, name?}, GET /machines | enrol: its first token; machines with agents and labels |
-| POST /machines/{id}/tokens {agent_id?, name?, ttl_sec? or expires_at?}, GET | issue a further one; list, without secrets |
+| POST /machines/{id}/tokens {agent_id?, name?, ttl_sec? or expires_at?}, GET | issue one more; list |
 | POST /tokens/{id}/rotate {overlap_sec?, ttl_sec? or expires_at?}, /revoke | both good for the overlap; over at once |
 | POST /tasks | a task, a list of them, a task file (`application/yaml`), or {tasks[], to} |
 | GET /tasks?status, GET /tasks/{id}, POST /tasks/{id}/cancel, GET /stats | |
