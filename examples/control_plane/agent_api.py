@@ -95,8 +95,9 @@ class AgentApi:
                 caller.check_agent(body.get("agent_id"))
                 return await handler(AgentCall(name, request, caller.machine_id, body))
             except (Refused, Bare) as refusal:
-                by, subject = Actor(who, request.remote), request.match_info.get("task_id", "")
-                await self._service.audit.refused(by, f"{name}.refused", subject, _reason(refusal))
+                if not isinstance(refusal, Refused) or refusal.code is not Code.INTERNAL:  # that is no fault of theirs
+                    by, subject = Actor(who, request.remote), request.match_info.get("task_id", "")
+                    await self._service.audit.refused(by, f"{name}.refused", subject, _reason(refusal))
                 raise
 
         return handle
