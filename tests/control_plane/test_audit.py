@@ -7,9 +7,16 @@ from typing import Any
 
 import pytest
 
-from control_plane import Settings, serve
+from control_plane import Settings
 from control_plane.settings import AUDIT_PRUNE_EVERY, AUDIT_REFUSALS_PER_MINUTE
 from tests.control_plane.support import ADMIN_TOKEN, MACHINE, Agent, MovableClock, Operator
+
+
+@pytest.fixture
+def settings(settings: Settings, request: pytest.FixtureRequest) -> Settings:
+    """With the bounds that a test asks for."""
+    bounds: dict[str, Any] = getattr(request, "param", {})
+    return dataclasses.replace(settings, **bounds)
 
 
 async def entries(operator: Operator, query: str = "") -> list[dict[str, Any]]:
@@ -115,20 +122,21 @@ async def test_refusals_are_bounded(agent: Agent, operator: Operator, clock: Mov
     assert newest["detail"].endswith("; 3 refusals before it were left out")
 
 
-@pytest.mark.parametrize("bound", ["rows", "age"])
-async def test_old_entries_go(settings: Settings, operator: Operator, clock: MovableClock, bound: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [({"audit_rows_max": 10}, 10), ({"audit_retention_s": 3600.0}, AUDIT_PRUNE_EVERY)],
+    indirect=["settings"],
+    ids=["number", "age"],
+)
+async def test_old_entries_go(operator: Operator, clock: MovableClock, left: int) -> None:
     """By number and by age, at the latest after AUDIT_PRUNE_EVERY changes."""
-    changes = {"audit_rows_max": 10} if bound == "rows" else {"audit_retention_s": 3600.0}
-    few = dataclasses.replace(settings, database=settings.database.with_name("few.db"), **changes)
-    async with serve(few) as plane:
-        busy = Operator(plane, operator.session)
-        [first] = await busy.submit()
-        clock.time_s += 7200
-        for _ in range(AUDIT_PRUNE_EVERY):
-            await busy.submit()
-        found = await entries(busy, "?limit=1000")
-        assert first not in {entry["subject"] for entry in found}
-        assert len(found) == (10 if bound == "rows" else AUDIT_PRUNE_EVERY)
+    [first] = await operator.submit()
+    clock.time_s += 7200
+    for _ in range(AUDIT_PRUNE_EVERY):
+        await operator.submit()
+    found = await entries(operator, "?limit=1000")
+    assert first not in {entry["subject"] for entry in found}
+    assert len(found) == left
 
 
 async def test_only_operators_read_it(agent: Agent, operator: Operator) -> None:

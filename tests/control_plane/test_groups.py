@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from sqlalchemy import Update, update
 
 from control_plane import Settings, serve
+from control_plane.store.tables import tasks
 from tests.control_plane.support import DEADLINE_S, MACHINE, Agent, Answer, MovableClock, Operator
 
 FAILURE = {"exit_code": 1, "status": "failed", "cause": "exit_code"}
@@ -36,6 +37,11 @@ async def group(operator: Operator) -> dict[str, Any]:
 async def statuses(operator: Operator) -> dict[str, str]:
     """The statuses of its tasks."""
     return {task["id"]: task["status"] for task in (await group(operator))["tasks"]}
+
+
+async def behind(operator: Operator, statement: Update) -> None:
+    """Change the database behind the plane's back."""
+    assert await operator.plane.service.work.run(lambda db: db.execute(statement).rowcount) == 1
 
 
 async def claimed(agent: Agent) -> dict[str, dict[str, Any]]:
@@ -201,26 +207,22 @@ async def test_lapses_settle_a_group(settings: Settings, operator: Operator, age
 async def test_plane_that_died_between_end_and_settling(settings: Settings, operator: Operator, agent: Agent) -> None:
     """A group whose task ended unnoticed goes on with the next plane's start."""
     await send(operator, [{"command": "true"}] * 2, mode="serial")
+    await operator.plane.service.reaper.stop()  # it would notice
+    ended = {"status": "completed", "ended_at_ms": settings.now_ms}
+    await behind(operator, update(tasks).where(tasks.c.id == "g.task-1").values(ended))
     await operator.plane.stop()
-    with sqlite3.connect(settings.database) as database:
-        now_ms = settings.now_ms
-        database.execute("UPDATE tasks SET status = 'completed', ended_at_ms = ? WHERE id = 'g.task-1'", (now_ms,))
-    database.close()
     async with serve(settings) as plane:
         agent.plane = plane
         assert (await agent.claim_one(wait_sec=DEADLINE_S))["id"] == "g.task-2"
 
 
-async def test_repeated_completion_settles_too(settings: Settings, operator: Operator, agent: Agent) -> None:
+async def test_repeated_completion_settles_too(operator: Operator, agent: Agent) -> None:
     """An agent that got no answer repeats itself, and so does what was left undone."""
     await send(operator, [{"command": "true"}] * 2, mode="serial")
     first = (await claimed(agent))["task-1"]
     await agent.complete(first)
     await operator.plane.service.reaper.stop()  # it would do what the repeat is to do
-    await operator.call("GET", "/stats")  # what it asked of the database comes before this
-    with sqlite3.connect(settings.database) as database:
-        database.execute("UPDATE tasks SET status = 'waiting' WHERE id = 'g.task-2'")
-    database.close()
+    await behind(operator, update(tasks).where(tasks.c.id == "g.task-2").values(status="waiting"))
     assert await claimed(agent) == {}
     await agent.complete(first)
     assert list(await claimed(agent)) == ["task-2"]

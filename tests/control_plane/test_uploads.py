@@ -29,9 +29,10 @@ FAILURE = {"exit_code": 1, "status": "failed", "cause": "exit_code"}
 
 
 @pytest.fixture
-def settings(settings: Settings, tmp_path: Path) -> Settings:
-    """A plane that takes uploads."""
-    return dataclasses.replace(settings, uploads_dir=tmp_path / "uploads")
+def settings(settings: Settings, tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
+    """A plane that takes uploads, within the bounds that a test asks for."""
+    bounds: dict[str, Any] = getattr(request, "param", {})
+    return dataclasses.replace(settings, uploads_dir=tmp_path / "uploads", **bounds)
 
 
 @pytest.fixture
@@ -277,41 +278,31 @@ async def test_operator_removes_a_file(
     assert (entry["subject"], entry["detail"]) == ("t", f"model.pt of attempt {task['attempt_id']}")
 
 
-async def bounded(settings: Settings, operator: Operator, **bounds: Any) -> AsyncIterator[tuple[Agent, dict[str, Any]]]:
-    """An agent with a task, on a plane with other bounds."""
-    small = dataclasses.replace(settings, database=settings.database.with_name("small.db"), **bounds)
-    async with serve(small) as plane:
-        boss = Operator(plane, operator.session)
-        agent = Agent(plane, operator.session, await boss.enrol())
-        await boss.submit()
-        yield agent, await agent.claim_one()
-
-
-async def test_size_is_bounded(settings: Settings, operator: Operator) -> None:
+@pytest.mark.parametrize("settings", [{"upload_max_bytes": 10}], indirect=True)
+async def test_size_is_bounded(agent: Agent, task: dict[str, Any]) -> None:
     """30005 above `upload_max_bytes`: asking again would change nothing."""
-    async for agent, task in bounded(settings, operator, upload_max_bytes=10):
-        assert (await ask(agent, task, b"x" * 10)).code == 0
-        assert (await ask(agent, task, b"x" * 11, name="larger")).code == 30005
+    assert (await ask(agent, task, b"x" * 10)).code == 0
+    assert (await ask(agent, task, b"x" * 11, name="larger")).code == 30005
 
 
-async def test_number_is_bounded(settings: Settings, operator: Operator) -> None:
+@pytest.mark.parametrize("settings", [{"uploads_per_attempt_max": 2}], indirect=True)
+async def test_number_is_bounded(agent: Agent, task: dict[str, Any]) -> None:
     """30005 above `uploads_per_attempt_max`; what was asked for before is still answered."""
-    async for agent, task in bounded(settings, operator, uploads_per_attempt_max=2):
-        assert [(await ask(agent, task, name=name)).code for name in ("a", "b", "c", "a")] == [0, 0, 30005, 0]
+    assert [(await ask(agent, task, name=name)).code for name in ("a", "b", "c", "a")] == [0, 0, 30005, 0]
 
 
-async def test_total_is_bounded(settings: Settings, operator: Operator) -> None:
+@pytest.mark.parametrize("settings", [{"uploads_total_max_bytes": 10}], indirect=True)
+async def test_total_is_bounded(agent: Agent, task: dict[str, Any]) -> None:
     """503 above `uploads_total_max_bytes`: it may work later, when an operator has removed some."""
-    async for agent, task in bounded(settings, operator, uploads_total_max_bytes=10):
-        assert (await ask(agent, task, b"x" * 6, name="a")).code == 0
-        answer = await ask(agent, task, b"x" * 6, name="b")
-        assert (answer.status, answer.code) == (503, 30027)
+    assert (await ask(agent, task, b"x" * 6, name="a")).code == 0
+    answer = await ask(agent, task, b"x" * 6, name="b")
+    assert (answer.status, answer.code) == (503, 30027)
 
 
-async def test_public_url(settings: Settings, operator: Operator) -> None:
+@pytest.mark.parametrize("settings", [{"public_url": "https://plane.example/"}], indirect=True)
+async def test_public_url(agent: Agent, task: dict[str, Any]) -> None:
     """Behind a proxy the plane is reached elsewhere."""
-    async for agent, task in bounded(settings, operator, public_url="https://plane.example/"):
-        assert (await ask(agent, task)).data["url"].startswith("https://plane.example/api/v1/uploads/")
+    assert (await ask(agent, task)).data["url"].startswith("https://plane.example/api/v1/uploads/")
 
 
 async def test_leftovers_are_cleared(settings: Settings) -> None:
