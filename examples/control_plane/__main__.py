@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -58,6 +59,8 @@ def _settings(options: argparse.Namespace) -> Settings:
         raise CannotServe(f"--listen {options.listen}: not HOST:PORT, such as 127.0.0.1:8080")
     if not 0 < options.lease_ttl <= 86400:
         raise CannotServe(f"--lease-ttl {options.lease_ttl:g}: must be more than 0 and at most 86400 seconds")
+    if options.public_url is not None and not re.fullmatch(r"https?://[^\s/?#]+/?", options.public_url):
+        raise CannotServe(f"--public-url {options.public_url}: not an address such as https://plane.example")
     return Settings(
         database=options.database,
         admin_token=options.admin_token or _read_token(options.admin_token_file),

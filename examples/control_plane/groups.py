@@ -66,8 +66,11 @@ class Groups:
         """How many groups there are, and a page of them."""
         return await self._work.run(lambda db: groups.listed(db, state, limit, offset))
 
-    async def task_ended(self, task_id: str) -> None:
-        """Do what follows in the task's group, if it has one. To be called again after a repeated completion too."""
+    async def task_changed(self, task_id: str) -> None:
+        """Do what follows in the task's group, if it has one: the task has ended, or it came back.
+
+        To be called after a repeated completion too: what a plane that died left undone is done then.
+        """
         now_ms = self._work.now_ms
 
         def unit(db: Connection) -> Settled:
@@ -77,7 +80,7 @@ class Groups:
         self._tell(await self._work.run(unit))
 
     async def settle_all(self) -> None:
-        """Do what follows wherever tasks have ended and nobody has looked: they lapsed, or their plane died."""
+        """Do what follows wherever tasks have changed and nobody has looked: they lapsed, or their plane died."""
         for group_id in await self._work.run(groups.unsettled):
             self._tell(await self._settle(group_id))
 

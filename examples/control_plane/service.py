@@ -147,7 +147,7 @@ class Service:
         status = await self._ask(unit)
         if status.is_final:
             self._ended.ring()
-            await self.groups.task_ended(task_id)
+            await self.groups.task_changed(task_id)
         return status
 
     async def task(self, task_id: str) -> dict[str, Any]:
@@ -271,8 +271,7 @@ class Service:
     async def _tell(self, task_id: str, ended: Ended) -> None:
         if ended.is_new:
             (self._ended if ended.status.is_final else self._claimable).ring()
-        if ended.status.is_final:
-            await self.groups.task_ended(task_id)
+        await self.groups.task_changed(task_id)
 
     async def _reap(self) -> Reaped:
         reaped = await self._database.run(

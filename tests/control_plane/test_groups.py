@@ -117,6 +117,24 @@ async def test_stop(agent: Agent, operator: Operator) -> None:
     assert await operator.events("g.task-3") == ["created", "ready", "skipped"]
 
 
+@pytest.mark.parametrize("how", ["released", "lapsed"])
+async def test_stopped_group_takes_nothing_back_out(
+    agent: Agent, operator: Operator, clock: MovableClock, how: str
+) -> None:
+    """A task that comes back without a result is not handed out again."""
+    await send(operator, [{"command": "true"}] * 2, mode="parallel", on_failure="stop")
+    failing, other = (await agent.claim(limit=2)).data["tasks"]
+    await agent.complete(failing, **FAILURE)
+    if how == "released":
+        await agent.about("release", other, reason="no room")
+    else:
+        clock.time_s += 61
+        operator.plane.clock_moved()
+    await operator.plane.service.wait_ended(["g.task-2"], DEADLINE_S)
+    assert await statuses(operator) == {"task-1": "failed", "task-2": "cancelled"}
+    assert (await group(operator))["state"] == "failed"
+
+
 async def test_continue(agent: Agent, operator: Operator) -> None:
     """The next one comes all the same; the group has failed in the end."""
     await send(operator, [{"command": "true"}] * 2, mode="serial", on_failure="continue")

@@ -181,6 +181,31 @@ async def test_upload_that_breaks_off(
     assert kept(settings) == []
 
 
+async def test_uploads_at_once_are_bounded(
+    agent: Agent, operator: Operator, task: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more than the bound is told to come again; when another has ended there is room."""
+    monkeypatch.setattr("control_plane.uploads.UPLOADS_AT_ONCE_MAX", 1)
+    slow, fast = [(await ask(agent, task, name=name)).data for name in ("slow", "fast")]
+    may_end = asyncio.Event()
+    has_begun = asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield CONTENT[:1_500_000]
+        has_begun.set()
+        await may_end.wait()
+        yield CONTENT[1_500_000:]
+
+    uploading = asyncio.create_task(put(agent, slow, slowly()))
+    await has_begun.wait()
+    await operator.plane.faults.wait_calls("upload", 1, DEADLINE_S)
+    answer = await put(agent, fast, CONTENT)
+    assert (answer.status, answer.code) == (503, 30023)
+    may_end.set()
+    assert (await uploading).code == 0
+    assert (await put(agent, fast, CONTENT)).code == 0
+
+
 @pytest.mark.parametrize("change", ["signature", "expires", "file", "nothing signed"])
 async def test_changed_url(agent: Agent, operator: Operator, task: dict[str, Any], change: str) -> None:
     """403: a URL is good for its file and its time only."""

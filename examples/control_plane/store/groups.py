@@ -23,9 +23,12 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    and_,
     bindparam,
+    exists,
     func,
     insert,
+    or_,
     select,
     update,
 )
@@ -121,12 +124,28 @@ _GROUP_OF: Final = (
     .join_from(group_members, groups, groups.c.group_id == group_members.c.group_id)
     .where(group_members.c.task_id == bindparam("b_id"), groups.c.ended_at_ms.is_(None))
 )
+_other_members = group_members.alias()
+_other_tasks = tasks.alias()
 _UNSETTLED: Final = (
     select(groups.c.group_id)
     .distinct()
     .join_from(groups, group_members, group_members.c.group_id == groups.c.group_id)
     .join(tasks, tasks.c.id == group_members.c.task_id)
-    .where(groups.c.ended_at_ms.is_(None), tasks.c.ended_at_ms > groups.c.settled_at_ms - bindparam("b_slack"))
+    .where(
+        groups.c.ended_at_ms.is_(None),
+        or_(
+            tasks.c.ended_at_ms > groups.c.settled_at_ms - bindparam("b_slack"),
+            and_(
+                groups.c.on_failure == OnFailure.STOP,
+                tasks.c.status == Status.PENDING,
+                exists().where(
+                    _other_members.c.group_id == groups.c.group_id,
+                    _other_tasks.c.id == _other_members.c.task_id,
+                    _other_tasks.c.status.in_([Status.FAILED, Status.CANCELLED]),
+                ),
+            ),
+        ),
+    )
 )
 _RELEASE: Final = (
     update(tasks).where(tasks.c.id == bindparam("b_id"), tasks.c.status == Status.WAITING).values(status=Status.PENDING)
@@ -185,7 +204,10 @@ def group_of(db: Connection, task_id: str) -> str | None:
 
 
 def unsettled(db: Connection) -> list[str]:
-    """Groups in which a task has ended since they were settled, as far as clocks tell: some of them are settled."""
+    """Groups in which a task has ended since they were settled, or came back after they stopped.
+
+    As far as clocks tell: some of them are settled.
+    """
     return list(db.execute(_UNSETTLED, {"b_slack": _CLOCKS_APART_MS}).scalars())
 
 
