@@ -13,7 +13,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Protocol
 
 from control_plane.settings import CannotServe
 from remotegpu_schemas.errors import Code, Refused
@@ -22,6 +22,12 @@ _PARTIAL: Final = ".partial"
 _PARTIAL_KEPT_S: Final = 86_400.0
 """What is older was left behind by a plane that died; a younger one may be another instance's."""
 _WRITE_BYTES: Final = 1024 * 1024
+
+
+class _Digest(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
 
 
 class UploadDirectory:
@@ -55,7 +61,7 @@ class UploadDirectory:
         await asyncio.to_thread(self.path_of(upload_id).unlink, missing_ok=True)
 
     async def _write(self, partial: Path, size_bytes: int, sha256: str, chunks: AsyncIterator[bytes]) -> None:
-        digest = hashlib.sha256()
+        digest: _Digest = hashlib.sha256()
         received = 0
         waiting = bytearray()
         file = await asyncio.to_thread(partial.open, "xb")
@@ -102,7 +108,7 @@ def _move(partial: Path, path: Path) -> None:
         os.close(directory)
 
 
-def _append(file: BinaryIO, digest: hashlib._Hash, content: bytes) -> None:
+def _append(file: BinaryIO, digest: _Digest, content: bytes) -> None:
     digest.update(content)
     file.write(content)
 
