@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -51,6 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     token.add_argument("--admin-token-file", type=Path, metavar="FILE", help="the operator's token, alone in a file")
     token.add_argument("--admin-token", metavar="TOKEN", help="the operator's token; others on this host can see it")
     parser.add_argument("--lease-ttl", type=float, default=60.0, metavar="SECONDS", help="default: 60")
+    parser.add_argument("--uploads", type=Path, metavar="DIR", help="takes agents' files; made if missing")
+    parser.add_argument("--public-url", metavar="URL", help="where agents reach it, if not where it listens")
     parser.add_argument("--compat", action="store_true", help="answer as deployed control planes do")
     parser.add_argument("--ready-file", type=Path, metavar="FILE", help="gets the line of JSON when the plane listens")
     parser.add_argument("--verbose", action="store_true", help="log refused calls too")
@@ -63,12 +66,16 @@ def _settings(options: argparse.Namespace) -> Settings:
         raise CannotServe(f"--listen {options.listen}: not HOST:PORT, such as 127.0.0.1:8080")
     if not 0 < options.lease_ttl <= 86400:
         raise CannotServe(f"--lease-ttl {options.lease_ttl:g}: must be more than 0 and at most 86400 seconds")
+    if options.public_url is not None and not re.fullmatch(r"https?://[^\s/?#]+/?", options.public_url):
+        raise CannotServe(f"--public-url {options.public_url}: not an address such as https://plane.example")
     return Settings(
         database=options.database if is_url(options.database) else Path(options.database),
         admin_token=options.admin_token or _read_token(options.admin_token_file),
         host=host.removeprefix("[").removesuffix("]"),
         port=int(port),
         lease_ttl_s=options.lease_ttl,
+        uploads_dir=options.uploads,
+        public_url=options.public_url,
         compat=options.compat,
     )
 

@@ -8,6 +8,7 @@ from typing import Final
 
 from aiohttp import web
 
+from control_plane.answers import Bare
 from control_plane.dialect import Dialect
 from control_plane.endpoints import endpoint
 from control_plane.requests import (
@@ -22,8 +23,12 @@ from control_plane.requests import (
 )
 from control_plane.service import Service
 from control_plane.settings import WAIT_MAX_S
+from control_plane.store.audit import Actor
 from control_plane.store.claims import ClaimOrder
 from control_plane.store.fencing import Call
+from control_plane.store.tables import ID_CHARS
+from control_plane.upload_api import UploadApi, UploadUrlBody
+from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.wire import JsonObject
 
 BASE_PATH: Final = "/api/v1/agent"
@@ -46,8 +51,11 @@ class AgentCall:
 class AgentApi:
     """The handlers; `add_routes` names each route as its call."""
 
-    def __init__(self, service: Service, dialect: Dialect, new_id: Callable[[], str]) -> None:
+    def __init__(
+        self, service: Service, dialect: Dialect, new_id: Callable[[], str], uploads: UploadApi | None = None
+    ) -> None:
         self._service = service
+        self._uploads = uploads
         self._dialect = dialect
         self._new_id = new_id
 
@@ -62,19 +70,35 @@ class AgentApi:
             "progress": ("/tasks/{task_id}/progress", self._progress),
             "complete": ("/tasks/{task_id}/complete", self._complete),
             "release": ("/tasks/{task_id}/release", self._release),
+            "upload-url": ("/tasks/{task_id}/result/upload-url", self._upload_url),
         }
         for name, (path, handler) in handlers.items():
-            if name != "release" or self._dialect.offers_release:
+            if self._offers(name):
                 app.router.add_post(
                     BASE_PATH + path, endpoint(self._dialect, self._new_id, self._checked(name, handler)), name=name
                 )
+
+    def _offers(self, name: str) -> bool:
+        optional = {"release": self._dialect.offers_release, "upload-url": self._dialect.offers_uploads}
+        return optional.get(name, True)
 
     def _checked(
         self, name: str, handler: Callable[[AgentCall], Awaitable[JsonObject | None]]
     ) -> Callable[[web.Request], Awaitable[JsonObject | None]]:
         async def handle(request: web.Request) -> JsonObject | None:
-            machine_id = await self._service.gate.machine_of(request.headers)
-            return await handler(AgentCall(name, request, machine_id, await read_object(request)))
+            who = "unknown"
+            try:
+                caller = await self._service.gate.caller_of(request.headers)
+                who = f"agent:@{caller.machine_id}"
+                body = await read_object(request)
+                who = f"agent:{str(body.get('agent_id'))[:ID_CHARS]}@{caller.machine_id}"
+                caller.check_agent(body.get("agent_id"))
+                return await handler(AgentCall(name, request, caller.machine_id, body))
+            except (Refused, Bare) as refusal:
+                if not isinstance(refusal, Refused) or refusal.code is not Code.INTERNAL:  # that is no fault of theirs
+                    by, subject = Actor(who, request.remote), request.match_info.get("task_id", "")
+                    await self._service.audit.refused(by, f"{name}.refused", subject, _reason(refusal))
+                raise
 
         return handle
 
@@ -145,6 +169,16 @@ class AgentApi:
         about = call.about(body)
         ended = await self._service.release(about, body.reason)
         return {"task_id": about.task_id, "status": ended.status}
+
+    async def _upload_url(self, call: AgentCall) -> JsonObject | None:
+        body = parse(UploadUrlBody, call.body)
+        if self._uploads is None:
+            raise Refused(Code.NOT_SUPPORTED, "this control plane takes no uploads")
+        return await self._uploads.url_for(call.request, call.about(body), body)
+
+
+def _reason(refusal: Refused | Bare) -> str:
+    return f"{refusal.status if isinstance(refusal, Bare) else int(refusal.code)} {refusal}"
 
 
 def _is_gone(request: web.Request) -> bool:

@@ -45,6 +45,7 @@ class Compat:
     """As deployed planes speak."""
 
     offers_release = False
+    offers_uploads = False
     is_idempotent = False
 
     def __init__(self, settings: Settings) -> None:

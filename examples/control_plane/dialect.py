@@ -21,6 +21,7 @@ class Dialect(Protocol):
     """What differs between planes."""
 
     offers_release: bool
+    offers_uploads: bool
     is_idempotent: bool
     repeats_held: bool
 
@@ -76,6 +77,9 @@ class Strict:
     is_idempotent = True
     repeats_held = False
 
+    def __init__(self, *, offers_uploads: bool = False) -> None:
+        self.offers_uploads = offers_uploads
+
     def success(self, data: JsonObject | None) -> web.Response:
         """Code 0."""
         return answer({"code": 0, "message": "ok", "data": data if data is not None else {}})
@@ -109,7 +113,8 @@ class Strict:
 
     def registered(self, machine_id: str) -> JsonObject | None:
         """With the calls that not every plane has."""
-        return {"status": "registered", "machine_id": machine_id, "features": ["release"]}
+        features = ["release", "upload-url"] if self.offers_uploads else ["release"]
+        return {"status": "registered", "machine_id": machine_id, "features": features}
 
     def heartbeat(self, cancelled: list[tuple[str, str]] | None) -> JsonObject | None:
         """With what is to be cancelled."""

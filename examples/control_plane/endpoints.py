@@ -14,19 +14,22 @@ from remotegpu_schemas.wire import JsonObject
 
 log = logging.getLogger(__name__)
 
-Endpoint = Callable[[web.Request], Awaitable[web.Response]]
+Endpoint = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def endpoint(
-    dialect: Dialect, new_id: Callable[[], str], handler: Callable[[web.Request], Awaitable[JsonObject | None]]
+    dialect: Dialect,
+    new_id: Callable[[], str],
+    handler: Callable[[web.Request], Awaitable[JsonObject | web.StreamResponse | None]],
 ) -> Endpoint:
-    """The handler with its answers and refusals in envelopes."""
+    """The handler with its answers and refusals in envelopes; a response of its own (a file) goes as it is."""
 
-    async def handle(request: web.Request) -> web.Response:
+    async def handle(request: web.Request) -> web.StreamResponse:
         try:
             if "\0" in request.path or any("\0" in value for value in request.query.values()):
                 raise Refused(Code.INVALID_PARAMETERS, "the address must not contain a NUL character")
-            return dialect.success(await handler(request))
+            data = await handler(request)
+            return data if isinstance(data, web.StreamResponse) else dialect.success(data)
         except Refused as refusal:
             log.info("%s refused: %d %s", request.path, refusal.code, refusal)
             return dialect.failure(refusal.code, CODES[refusal.code].http_status, str(refusal))

@@ -1,6 +1,7 @@
 """Faults that a test orders, by the name of a call: lost connections, delays, made-up answers.
 
-Names are those of the routes: register, heartbeat, claim, start, renew, progress, complete, release.
+Names are those of the routes: register, heartbeat, claim, start, renew, progress, complete, release,
+upload-url, upload.
 """
 
 from __future__ import annotations

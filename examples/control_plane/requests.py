@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from aiohttp import web
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from control_plane.settings import LEASE_MAX_S
+from control_plane.settings import LEASE_MAX_S, LIST_MAX
+from control_plane.store.distribution import Destination, Mode
 from remotegpu_schemas import limits
 from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.states import Cause
@@ -41,10 +42,11 @@ def _time(value: str) -> str:
     return value
 
 
-_Id = Annotated[str, StringConstraints(pattern=rf"^{limits.ID_PATTERN}$")]
-_Text = Annotated[str, AfterValidator(_storable)]
+Id = Annotated[str, StringConstraints(pattern=rf"^{limits.ID_PATTERN}$")]
+Text = Annotated[str, AfterValidator(_storable)]
 _Output = Annotated[str, AfterValidator(_inline)]
-_Time = Annotated[str, AfterValidator(_time)]
+LabelText = Annotated[Text, Field(max_length=limits.LABEL_MAX_CHARS)]
+Time = Annotated[str, AfterValidator(_time)]
 
 
 class Body(BaseModel):
@@ -53,18 +55,24 @@ class Body(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
 
+class OperatorBody(BaseModel):
+    """What a person writes: types as they are written, unknown fields refused, since they are misspelt ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
 class AgentBody(Body):
     """What calls about the host begin with."""
 
-    agent_id: _Id
-    machine_id: _Id
+    agent_id: Id
+    machine_id: Id
 
 
 class ClaimBody(AgentBody):
     """POST /tasks/claim."""
 
     limit: Annotated[int, Field(ge=1)]
-    request_id: _Id
+    request_id: Id
     wait_sec: Annotated[float, Field(ge=0)] = 0
     capacity: dict[str, Any] = {}
 
@@ -78,15 +86,15 @@ class ClaimBody(AgentBody):
 class AttemptBody(Body):
     """What every call about an attempt begins with."""
 
-    agent_id: _Id
-    attempt_id: _Id
+    agent_id: Id
+    attempt_id: Id
 
 
 class StartBody(AttemptBody):
     """POST /tasks/{id}/start."""
 
     process_id: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    gpu_uuids: list[_Text] = []
+    gpu_uuids: list[Text] = []
     run_no: Annotated[int, Field(ge=1, lt=2**31)] = 1
 
 
@@ -100,13 +108,13 @@ class ProgressBody(AttemptBody):
     """POST /tasks/{id}/progress."""
 
     percent: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
-    message: Annotated[_Text, Field(max_length=limits.PROGRESS_MESSAGE_MAX_CHARS)]
+    message: Annotated[Text, Field(max_length=limits.PROGRESS_MESSAGE_MAX_CHARS)]
 
 
 class ReleaseBody(AttemptBody):
     """POST /tasks/{id}/release."""
 
-    reason: Annotated[_Text, Field(max_length=limits.WIRE_MESSAGE_MAX_CHARS)]
+    reason: Annotated[Text, Field(max_length=limits.WIRE_MESSAGE_MAX_CHARS)]
 
 
 class PlainCompletion(AttemptBody):
@@ -115,7 +123,7 @@ class PlainCompletion(AttemptBody):
     exit_code: Annotated[int, Field(ge=-(2**31), lt=2**31)]
     stdout: _Output = ""
     stderr: _Output = ""
-    error: _Text = ""
+    error: Text = ""
 
 
 class Completion(PlainCompletion):
@@ -124,8 +132,8 @@ class Completion(PlainCompletion):
     status: Literal["completed", "failed", "cancelled"] | None = None
     cause: Annotated[Cause, Field(strict=False)] | None = None
     signal: Annotated[int, Field(ge=1, le=64)] | None = None
-    started_at: _Time | None = None
-    ended_at: _Time | None = None
+    started_at: Time | None = None
+    ended_at: Time | None = None
     runs: Annotated[int, Field(ge=0)] = 1
     truncated: bool = False
     artifacts: list[dict[str, Any]] = []
@@ -141,8 +149,42 @@ class Completion(PlainCompletion):
 class MachineBody(Body):
     """POST /machines."""
 
-    machine_id: _Id | None = None
-    name: Annotated[_Text, Field(max_length=limits.NAME_MAX_CHARS)] = ""
+    machine_id: Id | None = None
+    name: Annotated[Text, Field(max_length=limits.NAME_MAX_CHARS)] = ""
+
+
+class DestinationBody(OperatorBody):
+    """`to` of what is submitted."""
+
+    mode: Annotated[Mode, Field(strict=False)] = Mode.ANY
+    labels: Annotated[dict[LabelText, LabelText], Field(max_length=limits.LABELS_MAX_COUNT)] = {}
+    machine_ids: Annotated[list[Id], Field(max_length=LIST_MAX)] = []
+
+    @property
+    def destination(self) -> Destination:
+        """As the store takes it."""
+        return Destination(self.mode, self.labels, tuple(dict.fromkeys(self.machine_ids)))
+
+
+class SubmissionBody(OperatorBody):
+    """POST /tasks with a destination."""
+
+    tasks: list[Any]
+    to: DestinationBody = DestinationBody()
+
+
+def usable_labels(value: object) -> dict[str, str]:
+    """What a registration says about labels. What is none is left out: an agent is never refused for it."""
+    items = value.items() if isinstance(value, dict) else ()
+    found = {name: text for name, text in items if _is_label(name) and _is_label(text)}
+    return dict(list(found.items())[: limits.LABELS_MAX_COUNT])
+
+
+def _is_label(text: object) -> bool:
+    try:
+        return isinstance(text, str) and len(_storable(text)) <= limits.LABEL_MAX_CHARS
+    except ValueError:
+        return False
 
 
 def parse(model: type[M], body: JsonObject) -> M:

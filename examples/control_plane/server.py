@@ -16,6 +16,7 @@ from control_plane.dialect import Strict
 from control_plane.faults import Faults
 from control_plane.service import Service
 from control_plane.settings import BODY_MAX_BYTES, STOP_PATIENCE_S, CannotServe, Settings
+from control_plane.upload_api import UploadApi
 
 _BACKLOG: Final = 512
 
@@ -81,9 +82,12 @@ class Plane:
 
     async def _listen(self, service: Service) -> None:
         app = web.Application(middlewares=[self.faults.middleware], client_max_size=BODY_MAX_BYTES)
-        dialect = Compat(self.settings) if self.settings.compat else Strict()
-        AgentApi(service, dialect, new_id).add_routes(app)
-        AdminApi(service, new_id).add_routes(app)
+        uploads = UploadApi(service.uploads, self.settings.public_url, new_id) if service.uploads else None
+        dialect = Compat(self.settings) if self.settings.compat else Strict(offers_uploads=uploads is not None)
+        AgentApi(service, dialect, new_id, uploads).add_routes(app)
+        AdminApi(service, new_id, uploads).add_routes(app)
+        if uploads is not None:
+            uploads.add_routes(app)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_PATIENCE_S)
         await self._runner.setup()
         await web.TCPSite(self._runner, self.settings.host, self.port, backlog=_BACKLOG, reuse_address=True).start()

@@ -19,6 +19,36 @@ TASKS_PER_CALL_MAX: Final = 10_000
 LIST_MAX: Final = 1000
 REJECTION_EVENTS_MAX: Final = 100
 """Further rejected calls for one task are only counted."""
+AUDIT_REFUSALS_PER_MINUTE: Final = 120
+"""Refused calls of agents in the audit log; further ones are only counted, since anybody may be refused."""
+AUDIT_PRUNE_EVERY: Final = 200
+"""So many changes and refusals come between two looks at the audit log's bounds."""
+TOKENS_PER_MACHINE_MAX: Final = 64
+DEAD_TOKENS_KEPT_MS: Final = 7 * 86_400_000
+"""So long an expired or revoked token stays in the list, for whoever asks what became of it."""
+TOKEN_TTL_MAX_S: Final = 10 * 366 * 86_400
+TOKEN_OVERLAP_DEFAULT_S: Final = 3600
+TOKEN_OVERLAP_MAX_S: Final = 30 * 86_400
+"""A fleet's tokens are rolled out within days; for longer two tokens are two, and not one that is being rotated."""
+TOKEN_KNOWN_MS: Final = 5000
+"""So long an instance believes a token without asking the store again."""
+SELECTORS_MAX: Final = 10_000
+"""Different sets of labels that tasks ask for: as many as there may be machines, if each had a label of its own."""
+GROUP_TASKS_MAX: Final = 1000
+"""The end of each of a group's tasks looks at all of them."""
+GROUP_DEPENDENCIES_MAX: Final = 20_000
+CIRCLE_SHOWN_MAX: Final = 50
+"""So many tasks of a circle are named in a message."""
+TEMPLATES_MAX: Final = 1000
+TEMPLATE_VERSIONS_MAX: Final = 1000
+TEMPLATE_VARIABLES_MAX: Final = 64
+TEMPLATE_OPTIONS_MAX: Final = 256
+TEMPLATE_VALUE_MAX_CHARS: Final = 8192
+"""A value is one argument or one environment value; much longer ones belong into a file."""
+UPLOADS_AT_ONCE_MAX: Final = 64
+"""Each holds two megabytes at most, and a thread while it writes one."""
+UPLOAD_STALL_S: Final = 60.0
+"""An upload of which nothing comes for so long is given up."""
 STOP_PATIENCE_S: Final = 1.0
 POSTGRES_CONNECTIONS: Final = 8
 """Of each plane, and one to listen; more do not make two cores faster, and PostgreSQL takes 100 by default."""
@@ -66,6 +96,20 @@ class Settings:
     `lease_ttl_s`."""
     accepts_late_results: bool = True
     """A result that comes after its lease counts as long as nobody else has claimed the task; false answers 30003."""
+    audit_retention_s: float = 90 * 86_400.0
+    audit_rows_max: int = 200_000
+    """The oldest entries of the audit log go above this; some 60 MB."""
+    uploads_dir: Path | None = None
+    """Where agents' files go; None: the feature `upload-url` is not offered. Instances share it."""
+    upload_max_bytes: int = 16 * 1024**3
+    """One file: a large checkpoint."""
+    uploads_per_attempt_max: int = 1000
+    uploads_total_max_bytes: int = 1024**4
+    """All files together, also those that were asked for and have not come."""
+    upload_url_ttl_s: float = 3600.0
+    """An upload must have begun by then."""
+    public_url: str | None = None
+    """Where agents reach the plane, without a path; None: as the asking agent did. For proxies that end TLS."""
     compat: bool = False
     """Answer as deployed planes do (protocol.md, "Deployed peers")."""
     compat_errors: Literal["status", "body"] = "status"

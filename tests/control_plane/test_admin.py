@@ -160,7 +160,7 @@ async def test_stats_count_every_status(agent: Agent, operator: Operator) -> Non
     await operator.submit(*[{"command": "true"}] * 3)
     task, _ = (await agent.claim(limit=2)).data["tasks"]
     await agent.start(task)
-    counts = {"pending": 1, "assigned": 1, "running": 1, "completed": 0, "failed": 0, "cancelled": 0}
+    counts = {"waiting": 0, "pending": 1, "assigned": 1, "running": 1, "completed": 0, "failed": 0, "cancelled": 0}
     assert (await operator.call("GET", "/stats")).data == {"tasks": counts}
 
 

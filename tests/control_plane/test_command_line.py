@@ -78,6 +78,19 @@ async def test_mode_and_lease_by_option(tmp_path: Path, session: aiohttp.ClientS
         assert task.data["attempt_list"][0]["lease_ttl_ms"] == 7000
 
 
+async def test_uploads_by_option(tmp_path: Path, session: aiohttp.ClientSession) -> None:
+    """`--uploads` offers the feature, and makes the directory."""
+    uploads = tmp_path / "uploads"
+    with running(tmp_path / "plane.db", "--uploads", str(uploads)) as (_process, url):
+        admin = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
+        machine = await request(session, "POST", f"{url}/api/v1/admin/machines", admin, json={"machine_id": "m"})
+        headers = {"X-Agent-Token": machine.data["token"]}
+        body = {"agent_id": "a", "machine_id": "m"}
+        answer = await request(session, "POST", f"{url}/api/v1/agent/register", headers, json=body)
+        assert answer.data["features"] == ["release", "upload-url"]
+    assert uploads.is_dir()
+
+
 def test_busy_port(tmp_path: Path) -> None:
     """Exit code 2 and one line that names the address."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -123,6 +136,8 @@ def test_postgres_out_of_reach(url: str, reason: str) -> None:
         (("--lease-ttl", "0"), "--lease-ttl 0: "),
         (("--admin-token-file", "/nonexistent/token"), "--admin-token-file /nonexistent/token cannot be read"),
         (("--admin-token", ""), "--admin-token is empty"),
+        (("--uploads", "/dev/null/uploads"), "the directory for uploads /dev/null/uploads cannot be used"),
+        (("--public-url", "plane.example"), "--public-url plane.example: not an address"),
         (("--ready-file", "/nonexistent/ready"), "--ready-file /nonexistent/ready cannot be written"),
     ],
 )

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 import aiohttp
@@ -171,6 +172,22 @@ async def test_no_features_and_no_release(agent: Agent, operator: Operator) -> N
     await operator.submit()
     answer = await agent.about("release", await agent.claim_one(), reason="no room")
     assert (answer.status, answer.body, verdict(answer)) == (404, None, Verdict.ROUTE_MISSING)
+
+
+async def test_additions_of_the_plane_are_not_seen(
+    settings: Settings, session: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    """No uploads although it has a directory for them, and labels of agents are not read."""
+    uploads = dataclasses.replace(settings, uploads_dir=tmp_path / "uploads")
+    async with serve(uploads) as plane:
+        operator = Operator(plane, session)
+        agent = Agent(plane, session, await operator.enrol())
+        assert "features" not in (await agent.register(labels={"gpu": "a100"})).data
+        task = {"id": "t", "attempt_id": "a"}
+        answer = await agent.about("result/upload-url", task, name="n", size_bytes=1, sha256="0" * 64)
+        assert (answer.status, answer.body) == (404, None)
+        [machine] = (await operator.call("GET", "/machines")).data["machines"]
+        assert machine["labels"] == {}
 
 
 async def test_made_up_machine_claims_nothing(agent: Agent, operator: Operator) -> None:

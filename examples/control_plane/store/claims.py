@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, RowMapping, bindparam, func, insert, select, update
 
+from control_plane.store import labels
 from control_plane.store.outcomes import add_event, event_row
 from control_plane.store.tables import ANY_MACHINE, AttemptState, EventKind, Status, attempts, events, machines, tasks
 
@@ -119,7 +120,7 @@ def claim(db: Connection, order: ClaimOrder, now_ms: int, default_ttl_ms: int, n
 def _assign(db: Connection, order: ClaimOrder, now_ms: int, default_ttl_ms: int, new_id: Callable[[], str]) -> Granted:
     rows = [
         row
-        for machine_id in (order.machine_id, ANY_MACHINE)
+        for machine_id in (order.machine_id, ANY_MACHINE, *labels.selectors_for(db, order.machine_id))
         for row in db.execute(_PICK, {"b_machine": machine_id, "b_limit": order.limit}).mappings()
     ]
     rows.sort(key=lambda row: (row["priority"], row["seq"]))

@@ -26,12 +26,14 @@ ANY_MACHINE: Final = ""
 
 metadata = MetaData()
 
-_Serial = BigInteger().with_variant(Integer(), "sqlite")  # only INTEGER is a rowid there
+Serial = BigInteger().with_variant(Integer(), "sqlite")  # only INTEGER is a rowid there
 
 
 class Status(enum.StrEnum):
     """A task's status; the last three are final."""
 
+    WAITING = "waiting"
+    """For other tasks of its group; not to be claimed yet."""
     PENDING = "pending"
     ASSIGNED = "assigned"
     RUNNING = "running"
@@ -67,6 +69,8 @@ class EventKind(enum.StrEnum):
     """What a task's history tells."""
 
     CREATED = "created"
+    READY = "ready"
+    """What it waited for in its group was met."""
     CLAIMED = "claimed"
     STARTED = "started"
     COMPLETED = "completed"
@@ -79,6 +83,8 @@ class EventKind(enum.StrEnum):
     CANCELLED = "cancelled"
     FAILED = "failed"
     """By the plane itself: too many attempts lapsed."""
+    SKIPPED = "skipped"
+    """By the rules of its group."""
     REJECTED = "rejected"
 
 
@@ -105,7 +111,7 @@ agents = Table(
 tasks = Table(
     "tasks",
     metadata,
-    Column("seq", _Serial, primary_key=True),
+    Column("seq", Serial, primary_key=True),
     Column("id", String(ID_CHARS), nullable=False, unique=True),
     Column("name", Text, nullable=False),
     Column("spec", JSON, nullable=False),
@@ -158,7 +164,7 @@ attempts = Table(
 events = Table(
     "events",
     metadata,
-    Column("seq", _Serial, primary_key=True),
+    Column("seq", Serial, primary_key=True),
     Column("task_id", String(ID_CHARS), ForeignKey("tasks.id"), nullable=False, index=True),
     Column("at_ms", BigInteger, nullable=False),
     Column("kind", String(16), nullable=False),

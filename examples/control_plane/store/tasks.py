@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, bindparam, func, insert, select, update
 
+from control_plane.store.labels import selectors
 from control_plane.store.outcomes import Refusal, add_event, event_row
 from control_plane.store.tables import EventKind, Status, attempts, events, tasks
 from remotegpu_schemas.errors import Code
@@ -22,10 +23,13 @@ class NewTask:
     spec: dict[str, Any]
     machine_id: str
     priority: int
+    status: Status = Status.PENDING
 
 
-_OVERVIEW: Final = select(tasks, attempts.c.result).join_from(
-    tasks, attempts, attempts.c.attempt_id == tasks.c.attempt_id, isouter=True
+_OVERVIEW: Final = (
+    select(tasks, attempts.c.result, selectors.c.labels.label("machine_labels"))
+    .join_from(tasks, attempts, attempts.c.attempt_id == tasks.c.attempt_id, isouter=True)
+    .join(selectors, selectors.c.selector_id == tasks.c.machine_id, isouter=True)
 )
 _BY_ID: Final = _OVERVIEW.where(tasks.c.id == bindparam("b_id"))
 _ATTEMPTS: Final = select(attempts).where(attempts.c.task_id == bindparam("b_id")).order_by(attempts.c.attempt_no)
@@ -41,7 +45,7 @@ _CANCELLING: Final = (
 _REQUEST_CANCEL: Final = update(tasks).where(tasks.c.id == bindparam("b_id")).values(cancel_requested=True)
 _CANCEL_NOW: Final = (
     update(tasks)
-    .where(tasks.c.id == bindparam("b_id"), tasks.c.status == Status.PENDING)
+    .where(tasks.c.id == bindparam("b_id"), tasks.c.status.in_([Status.WAITING, Status.PENDING]))
     .values(status=Status.CANCELLED, cancel_requested=True, ended_at_ms=bindparam("b_now"))
 )
 _IDS_AT_ONCE: Final = 500
@@ -64,7 +68,7 @@ def add(db: Connection, new: Sequence[NewTask], now_ms: int) -> Refusal | None:
                 "spec": task.spec,
                 "machine_id": task.machine_id,
                 "priority": task.priority,
-                "status": Status.PENDING,
+                "status": task.status,
                 "created_at_ms": now_ms,
             }
             for task in new
@@ -84,7 +88,7 @@ def cancel(db: Connection, task_id: str, now_ms: int) -> Status | Refusal:
         return status
     if status.is_final:
         return Refusal(Code.TASK_FINISHED, f"task {task_id} has ended: {status}")
-    if status is Status.PENDING:
+    if status in {Status.WAITING, Status.PENDING}:
         db.execute(_CANCEL_NOW, {"b_id": task_id, "b_now": now_ms})
         add_event(db, task_id, now_ms, EventKind.CANCELLED)
         return Status.CANCELLED
