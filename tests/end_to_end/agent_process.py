@@ -39,6 +39,9 @@ class AgentProcess:
         for section, values in settings.items():
             sections[section] = {**sections.get(section, {}), **values}
         self.config.write_text(json.dumps(sections))
+        self.launched_by: list[str] = []
+        """What the program is started through: a command that becomes the one that follows it."""
+        self.environment: dict[str, str] = {}
         self._process: asyncio.subprocess.Process | None = None
         self._session: aiohttp.ClientSession | None = None
 
@@ -77,7 +80,12 @@ class AgentProcess:
         """Start a process; return once it is ready."""
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *self.command("run"), stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log, env=_environment()
+                *self.launched_by,
+                *self.command("run"),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=_environment() | self.environment,
             )
         if until_ready:
             await self.wait_ready()
