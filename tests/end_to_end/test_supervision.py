@@ -40,6 +40,8 @@ async def test_f10_an_agent_that_is_frozen_past_a_lease(tmp_path: Path) -> None:
         assert [run["cause"] for run in detail["runs"]] == ["lease_lost", "succeeded"]
         [task] = await both.ended([task_id])
         assert (task["status"], task["completions"]["accepted"]) == ("completed", 1)
+        # That is what a completion with `lease_lost` does there: the attempt is ended, and is no result.
+        assert [event["kind"] for event in task["events"]].count("given_up") == 1
 
 
 async def test_f27_a_spawner_without_descriptors(tmp_path: Path) -> None:
