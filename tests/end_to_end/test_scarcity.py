@@ -14,7 +14,7 @@ from typing import Any, Final
 import psutil
 import pytest
 
-from tests.end_to_end.agent_process import AgentProcess, agent
+from tests.end_to_end.agent_process import AgentFailed, AgentProcess, agent
 from tests.end_to_end.gates import Gate
 from tests.waiting import until_so
 
@@ -150,7 +150,9 @@ async def test_f27_an_agent_without_memory(tmp_path: Path) -> None:
             gate.open()
             await until_so(lambda: "memory" in host.log.read_text()[said:].lower())
             await until_so(lambda: not host.is_running or causes(host).count("exit_code") == 2)
-        if not host.is_running:
+        try:
+            await host.wait_ready()
+        except AgentFailed:
             await host.start()
         for task_id in running:
             assert (await host.wait_for(task_id))["exit_code"] == 3
