@@ -26,6 +26,7 @@ from remotegpu_agent.output_reading import RunOutput
 from remotegpu_agent.runspec import check_runnable
 from remotegpu_agent.standing import Standing
 from remotegpu_agent.supervise import Loops
+from remotegpu_agent.task_user import Submitter, as_submitted
 from remotegpu_agent.task_views import task_detail, task_view
 from remotegpu_queue import units, views
 from remotegpu_queue.rows import Attempt, Run
@@ -79,6 +80,7 @@ class AgentOperations:
     loops: Loops
     clock: Clock
     new_id: Callable[[], str]
+    runs_as_submitter: bool
 
     def ping(self) -> Ping:
         """Version and state."""
@@ -116,7 +118,7 @@ class AgentOperations:
 
     # --- tasks ---
 
-    async def submit(self, tasks: Sequence[Task]) -> list[str]:
+    async def submit(self, tasks: Sequence[Task], submitter: Submitter | None) -> list[str]:
         """Store local tasks, all or none."""
         if self.draining.is_on:
             raise Refused(Code.DRAINING, f"this agent takes no new tasks: {self.draining.sentence}; submit elsewhere")
@@ -125,8 +127,11 @@ class AgentOperations:
             raise Refused(Code.HOST_FULL, f"this agent takes no new tasks: {full}")
         for task in tasks:
             check_runnable(task)
+        if self.runs_as_submitter:
+            tasks = as_submitted(tasks, submitter)
+        uid = submitter.uid if submitter is not None else None
         attempts = [
-            NewAttempt(task=task, attempt_id=AttemptId(self.new_id()), origin="local", boot_id=self.boot_id)
+            NewAttempt(task, AttemptId(self.new_id()), origin="local", boot_id=self.boot_id, submitter_uid=uid)
             for task in tasks
         ]
         now_ms = self.clock.wall_ms()

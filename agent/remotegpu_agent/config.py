@@ -15,11 +15,13 @@ from pydantic import Field, ValidationError
 from remotegpu_agent.config_check import check_files, read_control_plane_token, token_path
 from remotegpu_agent.config_sources import Sources, is_verbatim, later_keys, not_supported, take_out_later
 from remotegpu_agent.config_values import (
+    SUBMITTER,
     AbsolutePath,
     AutoAmount,
     AutoCount,
     CpuList,
     Environment,
+    GroupName,
     Id,
     Listen,
     Network,
@@ -182,10 +184,14 @@ class LegacyCallerSection(Form):
 
 
 class ApiSection(Form):
-    """`api:`; null switches `listen` or `socket` off, `tokens_file` None is `<state_dir>/api-token`."""
+    """`api:`; null switches `listen` or `socket` off, `tokens_file` None is `<state_dir>/api-token`.
+
+    Members of `socket_group`, if this host has it, may use the socket.
+    """
 
     listen: Listen = "127.0.0.1:8090"
     socket: SocketPath = Path("/run/remotegpu-agent/agent.sock")
+    socket_group: GroupName = "remotegpu"
     tokens_file: AbsolutePath | None = None
     allowed_hosts: list[Text] = Field(default=[], max_length=1024)
     legacy_callers: list[LegacyCallerSection] = Field(default=[], max_length=1024)
@@ -321,7 +327,18 @@ def _conflicts(config: Config) -> Iterator[Finding]:
             "'api.listen' is reachable from other hosts: name the accepted tokens in 'api.tokens_file' "
             "(`remotegpu-agent token new` makes one), or listen on 127.0.0.1",
         )
+    if config.tasks.run_as == SUBMITTER:
+        yield from _submitter_conflicts(config)
     if api.listen is None and api.socket is None:
         yield Finding(
             ("api", "listen"), "'api.listen' and 'api.socket' are both null: nobody could reach the agent; set one"
         )
+
+
+def _submitter_conflicts(config: Config) -> Iterator[Finding]:
+    """Only a caller of the Unix socket is a user of this host."""
+    where, said = ("tasks", "run_as"), f"'tasks.run_as: {SUBMITTER}' runs each task as the user who submits it"
+    if config.control_plane.url is not None:
+        yield Finding(where, f"{said}, and those of 'control_plane.url' come from no user of this host: name a user")
+    if config.api.socket is None:
+        yield Finding(where, f"{said} over the Unix socket, and 'api.socket' is null: set it, or name a user")

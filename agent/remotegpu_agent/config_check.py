@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from remotegpu_agent.config_values import SUBMITTER
 from remotegpu_schemas.limits import TOKENS_FILE_MAX_BYTES
 
 if TYPE_CHECKING:
@@ -200,6 +201,9 @@ def _nearest_existing(path: Path) -> tuple[Path, int]:
 
 
 def _user_problem(name: str) -> str | None:
+    if name == SUBMITTER:
+        only_root = "tasks.run_as: only root can run tasks as their submitters; run the agent as root"
+        return only_root if os.geteuid() != 0 else None
     try:
         user = pwd.getpwnam(name)
     except KeyError:

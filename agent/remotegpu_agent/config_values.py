@@ -10,7 +10,6 @@ from typing import Annotated, Final, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from remotegpu_agent import VERSION
 from remotegpu_schemas import limits
 from remotegpu_schemas import problems as report
 from remotegpu_schemas.forms import Text, no_nul, scalar_text
@@ -18,6 +17,8 @@ from remotegpu_schemas.quantities import Duration
 from remotegpu_schemas.task import EnvironmentName
 
 IpNetwork: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+SUBMITTER: Final = "submitter"
+"""In `tasks.run_as`: each task as the user who submitted it. No user of that name can be named there."""
 _UNIX_PATH_MAX_BYTES: Final = 107
 """sun_path of unix(7), without its final NUL."""
 _CPUS_MAX: Final = 8192
@@ -111,10 +112,16 @@ def _auto_amount(value: object) -> object:
 
 
 def _user(value: str | None) -> str | None:
-    if value == "submitter":
-        raise ValueError(f"cannot be 'submitter': this is not supported by this version ({VERSION}); name a user")
-    if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?", value, re.ASCII):
-        raise ValueError("must be the name of a user")
+    return None if value is None else _account(value, "a user")
+
+
+def _group(value: str) -> str:
+    return _account(value, "a group")
+
+
+def _account(value: str, what: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?", value, re.ASCII):
+        raise ValueError(f"must be the name of {what}")
     return value
 
 
@@ -155,6 +162,7 @@ Url = Annotated[str, AfterValidator(_url)]
 Listen = Annotated[str | None, AfterValidator(_listen)]
 Network = Annotated[IpNetwork, BeforeValidator(_network)]
 UserName = Annotated[str | None, AfterValidator(_user)]
+GroupName = Annotated[str, AfterValidator(_group)]
 AutoCount = Annotated[int | None, BeforeValidator(_auto_count)]
 """A whole number, or None for `auto`."""
 AutoAmount = Annotated[float | None, BeforeValidator(_auto_amount)]

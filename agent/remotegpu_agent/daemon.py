@@ -50,9 +50,10 @@ from remotegpu_agent.reporter import Fate, Reporter
 from remotegpu_agent.reports import Reports
 from remotegpu_agent.restoration import Restoration, Restored, names_on_record
 from remotegpu_agent.retention import Retention, RetentionSettings
-from remotegpu_agent.runspec import RunSettings, find_user
+from remotegpu_agent.runspec import RunSettings
 from remotegpu_agent.standing import Standing
 from remotegpu_agent.supervise import Loops
+from remotegpu_agent.task_user import SUBMITTER, find_user
 from remotegpu_queue import damage, outbox, units, views
 from remotegpu_queue.admission import Floors, Readings
 from remotegpu_queue.breaker import Rules
@@ -265,7 +266,7 @@ class Agent:
 
     def _make_executor(self) -> Executor:
         config = self._config
-        user = find_user(config.tasks.run_as) if config.tasks.run_as is not None else None
+        run_as = config.tasks.run_as
         settings = RunSettings(
             agent_id=self._names.agent_id,
             machine_id=self._names.machine_id,
@@ -274,7 +275,8 @@ class Agent:
             grace_period_s=config.tasks.grace_period,
             output_limit_bytes=config.output.max_size_mb * limits.MIB,
             output_segments=config.output.segments,
-            user=user,
+            user=find_user(run_as) if run_as is not None and run_as != SUBMITTER else None,
+            runs_as_submitter=run_as == SUBMITTER,
             env=config.tasks.env,
             api_socket=config.api.socket,
             cpu_weight=config.tasks.cpu_weight,
@@ -377,6 +379,7 @@ class Agent:
             loops=self._loops,
             clock=self._clock,
             new_id=self._outside.new_id,
+            runs_as_submitter=self._config.tasks.run_as == SUBMITTER,
         )
 
     def _make_api(self) -> ApiServer:
@@ -386,6 +389,7 @@ class Agent:
             machine_id=self._names.machine_id,
             listen=api.listen,
             socket=api.socket,
+            socket_group=api.socket_group,
             tokens_file=api.tokens_file,
             allowed_hosts=tuple(api.allowed_hosts),
             legacy_callers=tuple(

@@ -25,6 +25,7 @@ from remotegpu_agent.leases import LeaseKeeper
 from remotegpu_agent.progress import read_progress
 from remotegpu_agent.runspec import RunSettings, build_run_spec, prepare_work_dir, progress_path
 from remotegpu_agent.supervise import Loops
+from remotegpu_agent.task_user import settings_of
 from remotegpu_queue import restoring
 from remotegpu_queue.rows import Attempt
 from remotegpu_queue.rows import Run as StoredRun
@@ -204,10 +205,11 @@ class Executor:
             await self._follow(active, active.run)
 
     async def _launch(self, attempt: Attempt, run_no: RunNo) -> Run:
-        prepare_work_dir(attempt.task, self._settings)
+        settings = await settings_of(attempt.submitter_uid, self._settings)
+        prepare_work_dir(attempt.task, settings)
         lease = self.leases.current(attempt.attempt_id) or attempt.lease
         ttl_s = lease.ttl_s if lease is not None else None
-        spec = build_run_spec(attempt.task, attempt.attempt_id, run_no, self._settings, lease_ttl_s=ttl_s)
+        spec = build_run_spec(attempt.task, attempt.attempt_id, run_no, settings, lease_ttl_s=ttl_s)
         spec = spec.model_copy(update={"memo": restoring.memo_of(attempt, lease)})
         return await self._launcher.launch(spec, self._fence_ns(lease))
 
@@ -303,7 +305,7 @@ class Executor:
         attempt = active.attempt
         if attempt is None:
             raise RuntimeError("a run ended before it had begun")
-        progress = read_progress(*self.progress_file(active)) if record is not None else None
+        progress = read_progress(self._progress_path(active), record.spec.user) if record is not None else None
         ended = await self._books.ended(
             attempt, active.run_no, record, judge, asked=lambda: active.stop_cause, progress=progress
         )
@@ -333,8 +335,11 @@ class Executor:
             self._on_report()
 
     def progress_file(self, active: Active) -> tuple[Path, TaskUser | None]:
-        """Where the task writes its progress, and the user that it must belong to; None is the agent's own."""
-        return progress_path(self._settings.state_dir, active.task_id), self._settings.user
+        """Where a run that has started writes its progress, and whose it must be; None is the agent's own user."""
+        return self._progress_path(active), active.run.spec.user if active.run is not None else self._settings.user
+
+    def _progress_path(self, active: Active) -> Path:
+        return progress_path(self._settings.state_dir, active.task_id)
 
     # --- suspending ---
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Literal, Protocol
 
+from remotegpu_agent.task_user import Submitter
 from remotegpu_schemas.api import (
     DeadLetter,
     DeadLetterPage,
@@ -40,10 +41,12 @@ class Operations(Protocol):
         """Hardware and system figures; never fails because one of them cannot be had (see `warnings`)."""
         ...
 
-    async def submit(self, tasks: Sequence[Task]) -> list[str]:
+    async def submit(self, tasks: Sequence[Task], submitter: Submitter | None) -> list[str]:
         """Store local tasks, all or none, and return their ids; they are on disk when this returns.
 
-        Raises Refused: DRAINING, QUEUE_FULL, ALREADY_EXISTS (an id that is taken). Not idempotent.
+        `submitter` is None for a caller that is no user of this host.
+        Raises Refused: DRAINING, QUEUE_FULL, ALREADY_EXISTS (an id that is taken), POLICY_REFUSED (tasks run as their
+        submitter, and there is none). Not idempotent.
         """
         ...
 

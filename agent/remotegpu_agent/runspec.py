@@ -17,7 +17,7 @@ from typing import Final
 from remotegpu_queue import leasing
 from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import AttemptId, RunLimits, RunNo, RunSpec, TaskUser
-from remotegpu_schemas.errors import Code, Misconfigured, Refused
+from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.task import Resources, Task, TaskId, TaskType
 from remotegpu_sidecar.privileges import rights_of
 
@@ -42,7 +42,10 @@ class RunSettings:
     output_limit_bytes: int
     output_segments: int
     user: TaskUser | None
+    """As whom tasks run; None is the agent's own user."""
     env: Mapping[str, str]
+    runs_as_submitter: bool = False
+    """`user` is another one for each attempt: see `task_user.settings_of`."""
     api_socket: Path | None = None
     cpu_weight: int | None = None
     io_weight: int | None = None
@@ -171,18 +174,6 @@ def _own_user_name() -> str:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
         return str(os.geteuid())
-
-
-def find_user(name: str) -> TaskUser:
-    """Resolve a user for `tasks.run_as`. Raises Misconfigured when there is no such user."""
-    try:
-        entry = pwd.getpwnam(name)
-    except KeyError:
-        raise Misconfigured(
-            f"tasks.run_as: there is no user {name!r} on this host; create it or name another"
-        ) from None
-    groups = tuple(os.getgrouplist(entry.pw_name, entry.pw_gid))
-    return TaskUser(name=entry.pw_name, uid=entry.pw_uid, gid=entry.pw_gid, groups=groups, home=entry.pw_dir)
 
 
 def prepare_work_dir(task: Task, settings: RunSettings) -> None:

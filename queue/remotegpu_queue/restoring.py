@@ -35,6 +35,7 @@ def memo_of(attempt: Attempt, lease: Lease | None) -> dict[str, Any]:
         free_retries_used=attempt.free_retries_used,
         lease=lease,
         renew_interval_s=attempt.renew_interval_s,
+        submitter_uid=attempt.submitter_uid,
     )
     return memo.model_dump(mode="json", exclude_defaults=True)
 
@@ -88,7 +89,9 @@ def _insert(db: sqlite3.Connection, attempt_id: AttemptId, memo: Memo, boot_id: 
     lease = memo.lease
     if lease is not None and lease.boot_id != boot_id:
         lease = Lease(ttl_s=lease.ttl_s, deadline_boottime_ns=0, boot_id=boot_id)
-    new = NewAttempt(memo.task, attempt_id, memo.origin, boot_id, lease, memo.renew_interval_s)
+    new = NewAttempt(
+        memo.task, attempt_id, memo.origin, boot_id, lease, memo.renew_interval_s, submitter_uid=memo.submitter_uid
+    )
     if memo.origin == "control_plane":
         units.add_claims(db, [new], memo.submitted_at_ms)
     else:

@@ -47,6 +47,8 @@ class Attempt:
     ended_at_ms: int | None
     is_start_accepted: bool
     is_synced: bool
+    submitter_uid: int | None = None
+    """Who submitted it over the Unix socket; None for claimed tasks and callers with a token."""
     unreadable: str | None = None
     """Why the task cannot be read, if so: then `task` stands in for it, and must not be run."""
 
@@ -105,6 +107,7 @@ def attempt_of(row: sqlite3.Row) -> Attempt:
         ended_at_ms=row["ended_at_ms"],
         is_start_accepted=bool(row["is_start_accepted"]),
         is_synced=bool(row["is_synced"]),
+        submitter_uid=row["submitter_uid"],
         unreadable=unreadable,
     )
 

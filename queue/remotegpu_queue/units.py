@@ -54,6 +54,7 @@ class NewAttempt:
     lease: Lease | None = None
     renew_interval_s: float | None = None
     retries_used: int = 0
+    submitter_uid: int | None = None
 
 
 def insert(db: sqlite3.Connection, new: NewAttempt, now_ms: int) -> None:
@@ -76,6 +77,7 @@ def insert(db: sqlite3.Connection, new: NewAttempt, now_ms: int) -> None:
             "lease_deadline_ns": lease.deadline_boottime_ns if lease else None,
             "renew_interval_ns": round(new.renew_interval_s * 1e9) if new.renew_interval_s else None,
             "boot_id": new.boot_id,
+            "submitter_uid": new.submitter_uid,
             "now_ms": now_ms,
         },
     ).lastrowid

@@ -103,6 +103,7 @@ class Memo(Frozen):
     free_retries_used: Annotated[int, Field(ge=0)] = 0
     lease: Lease | None = None
     renew_interval_s: Annotated[float, Field(gt=0)] | None = None
+    submitter_uid: Annotated[int, Field(ge=0, le=limits.UID_MAX)] | None = None
 
 
 class RunSpec(Frozen):

@@ -13,6 +13,8 @@ ID_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
 # Linux refuses one argument or environment string above 128 KiB (MAX_ARG_STRLEN) with E2BIG.
 ARGUMENT_MAX_BYTES = 128 * KIB
 ARGUMENTS_MAX_COUNT = 4096
+# PATH_MAX of the kernel (linux/limits.h) without the final NUL.
+PATH_MAX_BYTES = 4095
 ENVIRONMENT_MAX_COUNT = 2048
 NAME_MAX_CHARS = 256
 LABELS_MAX_COUNT = 64

@@ -43,6 +43,7 @@ def main() -> None:
     # The kernel reaps the shims: their ends are on record, and the agent watches them by pidfd.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    shim.rehearse()
     gc.collect()
     gc.freeze()
     gc.disable()

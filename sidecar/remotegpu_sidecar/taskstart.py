@@ -45,7 +45,7 @@ class CannotStartError(Exception):
 def start(
     spec: dict[str, object], shim_pid: int, cgroup: str | None, stdout_fd: int, stderr_fd: int, report_fd: int
 ) -> None:
-    """Become the task. Never returns; all signals must be blocked when this is called."""
+    """Become the task. Never returns; signals that the shim handles must be blocked when this is called."""
     try:
         os.dup2(stdout_fd, 1)
         os.dup2(stderr_fd, 2)

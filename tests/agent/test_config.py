@@ -352,7 +352,15 @@ def test_duplicate_sections() -> None:
         ("capacity: {max_concurrent: 0}", "'capacity.max_concurrent' must be from 1 to 4096, or auto"),
         ("capacity: {cpus: -1}", "'capacity.cpus' must be more than 0"),
         ("tasks: {run_as: 'a b'}", "'tasks.run_as' must be the name of a user"),
-        ("tasks: {run_as: submitter}", "'tasks.run_as' cannot be 'submitter': this is not supported by this version"),
+        (
+            "tasks: {run_as: submitter}\ncontrol_plane: {url: 'https://plane'}",
+            "'tasks.run_as: submitter' runs each task as the user who submits it, and those of 'control_plane.url'",
+        ),
+        (
+            "tasks: {run_as: submitter}\napi: {socket: null}",
+            "'tasks.run_as: submitter' runs each task as the user who submits it over the Unix socket, and",
+        ),
+        ("api: {socket_group: 'a b'}", "'api.socket_group' must be the name of a group"),
         ("tasks: {env: {'A=B': x}}", "A=B"),
         ("api: {listen: localhost}", "'api.listen' must be ADDRESS:PORT with a port from 0 to 65535"),
         ("api: {listen: '127.0.0.1:99999'}", "'api.listen' must be ADDRESS:PORT with a port from 0 to 65535"),

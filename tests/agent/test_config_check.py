@@ -151,19 +151,17 @@ def test_state_dir_of_others(tmp_path: Path) -> None:
         parent.chmod(0o755)
     code = (
         "import os, sys; from pathlib import Path; from remotegpu_agent.config import Config, check_files\n"
-        "path = Path(sys.argv[1])\n"
+        "path, run_as = Path(sys.argv[1]), sys.argv[2]\n"
         "config = Config.model_validate({'agent': {'state_dir': path}, 'api': {'socket': None}, "
-        "'tasks': {'run_as': 'root'}})\n"
+        "'tasks': {'run_as': run_as}})\n"
         "if os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "print('\\n'.join(check_files(config, {})))"
     )
-    python = sys.executable
-    done = subprocess.run(
-        [python, "-c", code, str(tmp_path / "closed" / "state")], capture_output=True, text=True, check=True
-    )
-    state, user = done.stdout.splitlines()
-    assert state.startswith(f"agent.state_dir: {tmp_path}/closed/state cannot be made: no right to write to ")
-    assert user.startswith("tasks.run_as: only root can run tasks as 'root'; run the agent as root")
+    for run_as, whom in (("root", "'root'"), ("submitter", "their submitters")):
+        command = [sys.executable, "-c", code, str(tmp_path / "closed" / "state"), run_as]
+        state, user = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert state.startswith(f"agent.state_dir: {tmp_path}/closed/state cannot be made: no right to write to ")
+        assert user.startswith(f"tasks.run_as: only root can run tasks as {whom}; run the agent as root")
 
 
 def test_file_in_the_way_of_the_socket(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pwd
 import stat
 from collections.abc import Generator
 from pathlib import Path
@@ -17,14 +16,13 @@ from remotegpu_agent.runspec import (
     SCRIPT_NAME,
     build_run_spec,
     check_runnable,
-    find_user,
     prepare_work_dir,
     progress_path,
     refusal,
     work_dir,
 )
 from remotegpu_schemas.attempt import AttemptId, RunNo, RunSpec, TaskUser
-from remotegpu_schemas.errors import Code, Misconfigured, Refused
+from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.task import Resources, Task, TaskType
 from tests.agent.support import run_settings
 
@@ -121,15 +119,6 @@ def test_what_cannot_run_here_is_refused() -> None:
     with pytest.raises(Refused, match="container") as caught:
         check_runnable(make(type=TaskType.CONTAINER))
     assert caught.value.code is Code.NOT_SUPPORTED
-
-
-def test_users() -> None:
-    """One of this host with its groups and home, or a sentence that says what to do."""
-    root = find_user("root")
-    assert (root.uid, root.gid, root.home) == (0, 0, pwd.getpwuid(0).pw_dir)
-    assert 0 in root.groups
-    with pytest.raises(Misconfigured, match=r"tasks\.run_as: there is no user 'nobody-at-all'"):
-        find_user("nobody-at-all")
 
 
 # --- the task's directory ---

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import grp
+import json
 import os
+import pwd
+import shutil
+import sys
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
+import aiohttp
 import pytest
 
-from tests.end_to_end.agent_process import agent
+from tests.end_to_end.agent_process import AgentProcess, agent
 from tests.end_to_end.gates import Gate
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can run tasks as another user")
@@ -39,3 +48,95 @@ async def test_f52_no_secret_of_root_leaks_through_what_a_task_plants(open_dir: 
             shown = await host.get(f"/tasks/{task_id}")
             assert (shown["progress_percent"], shown["progress_message"]) == (None, None)
         assert "hunter2" not in host.log.read_text()
+
+
+# --- `run_as: submitter` ---
+
+CALLER = """
+import http.client, json, os, socket, sys
+path, gid, uid, method, target, body = sys.argv[1:]
+os.setgroups([])
+os.setgid(int(gid))
+os.setuid(int(uid))
+connection = http.client.HTTPConnection("localhost", timeout=20)
+connection.sock = socket.socket(socket.AF_UNIX)
+connection.sock.connect(path)
+connection.request(method, target, body)
+print(connection.getresponse().read().decode())
+"""
+SUBMITTERS = {"tasks": {"run_as": "submitter"}, "api": {"socket_group": "daemon"}}
+
+
+async def submit_as(host: AgentProcess, user: str, directory: Path, **task: Any) -> dict[str, Any]:
+    """The whole answer to a submission by a process of that user, in that directory."""
+    ids = [str(grp.getgrnam("daemon").gr_gid), str(pwd.getpwnam(user).pw_uid)]
+    target = f"/api/v1/tasks?directory={quote(str(directory))}"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-I", "-c", CALLER, str(host.socket), *ids, "POST", target, json.dumps({"task": task}),
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    output, _ = await process.communicate()
+    answer: dict[str, Any] = json.loads(output)
+    return answer
+
+
+async def test_a_task_runs_as_its_submitter_in_its_submitters_directory(open_dir: Path) -> None:
+    """uid, groups, home, directory, script and progress are the caller's; the next caller's are its own."""
+    async with agent(open_dir, **SUBMITTERS) as host:
+        own = open_dir / "own"
+        own.mkdir()
+        shutil.chown(own, "nobody")
+        own.chmod(0o700)
+        script = 'echo "40 half" >"$REMOTEGPU_PROGRESS"; id -un; id -Gn; pwd; echo $HOME; touch made'
+        for user, directory in (("nobody", own), ("root", open_dir)):
+            [task_id] = (await submit_as(host, user, directory, script=script))["data"]["task_ids"]
+            ended = await host.wait_for(task_id)
+            assert (ended["cause"], ended["progress_message"]) == ("succeeded", "half"), ended
+            entry = pwd.getpwnam(user)
+            groups = {grp.getgrgid(gid).gr_name for gid in os.getgrouplist(user, entry.pw_gid)}
+            name, of_groups, *rest = (await host.output(task_id)).splitlines()
+            assert (name, set(of_groups.split()), rest) == (user, groups, [str(directory), entry.pw_dir])
+            assert (directory / "made").owner() == user
+
+
+async def test_a_submitter_gets_no_further_than_its_own_rights(open_dir: Path) -> None:
+    """A directory that only root may enter is closed to another user's task: the launch fails with what to mend."""
+    closed = open_dir / "closed"
+    closed.mkdir(mode=0o700)
+    async with agent(open_dir, **SUBMITTERS) as host:
+        [task_id] = (await submit_as(host, "nobody", closed, command="id"))["data"]["task_ids"]
+        ended = await host.wait_for(task_id)
+        assert ended["cause"] == "launch_failed"
+        assert f"may not be entered by uid {pwd.getpwnam('nobody').pw_uid}" in ended["error"]
+
+
+async def test_the_submitter_is_remembered(open_dir: Path) -> None:
+    """Over a kill of the agent, and a database that is lost: a retry runs as the one who submitted."""
+    first, second = Gate(open_dir / "first"), Gate(open_dir / "second")
+    async with agent(open_dir, capacity={"max_concurrent": 1}, **SUBMITTERS) as host:
+        script = f'id -un; if test "$REMOTEGPU_RUN_NUMBER" = 1; then {first.wait}; exit 1; fi; {second.wait}'
+        asked = {"script": script, "retry": {"max": 1, "delay": 0, "on": ["exit_code"]}}
+        [task_id] = (await submit_as(host, "nobody", open_dir, **asked))["data"]["task_ids"]
+        await host.wait_running(task_id)
+        await host.kill()
+        for file in host.state_dir.glob("queue.db*"):
+            file.unlink()
+        await host.start()
+        first.open()
+        await host.until_shown(f"/tasks/{task_id}", lambda task: task["run_no"] == 2)
+        second.open()
+        assert (await host.wait_for(task_id))["state"] == "completed"
+        assert await host.output(task_id) == "nobody\n"
+
+
+async def test_who_is_no_user_of_this_host_may_not_submit(open_dir: Path) -> None:
+    """Over TCP with the operator's token: refused by policy, with what to do instead."""
+    settings = {**SUBMITTERS, "api": {**SUBMITTERS["api"], "listen": "127.0.0.1:0"}}
+    async with agent(open_dir, **settings) as host, aiohttp.ClientSession() as session:
+        url = json.loads((host.state_dir / "endpoints.json").read_bytes())["url"]
+        token = (host.state_dir / "api-token").read_text().strip().rpartition(":")[2]
+        headers = {"X-Agent-Token": token}
+        async with session.post(f"{url}/api/v1/tasks", json={"task": {"command": "id"}}, headers=headers) as answer:
+            body = await answer.json()
+        assert (answer.status, body["code"]) == (403, 30014)
+        assert "submit over the Unix socket" in body["message"]

@@ -7,9 +7,11 @@ import errno
 import os
 import resource
 import signal
+import statistics
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from remotegpu_schemas import limits
@@ -236,6 +238,22 @@ async def test_runs_stay_when_the_launcher_stops(launcher: Launcher) -> None:
     run.close()
     assert ended is not None
     assert ended.ended_by is EndedBy.STOP
+
+
+@both_placements
+async def test_a_running_task_costs_little_memory(launcher: Launcher) -> None:
+    """A shim that waits has less than 1.5 MiB for itself: the rest it shares with the spawner and the others."""
+    runs = [await launched(launcher, make_spec("sleep", "1000", run_no=number)) for number in range(1, 12)]
+    try:
+        for run in runs:
+            await run.wait_started()
+        own = [int(psutil.Process(run.shim.pid).memory_full_info().uss) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+            await run.wait()
+            run.close()
+    assert statistics.median(own) < 1.5 * limits.MIB, own
 
 
 async def test_nothing_is_left_in_the_agent(attempts_dir: Path) -> None:

@@ -367,7 +367,7 @@ class Simulation:
 
         async def submit() -> None:
             try:
-                await operations.submit([task])
+                await operations.submit([task], None)
             except (Refused, StoreUnavailable) as refusal:
                 self._say(machine.id, "refuses", task.id, refusal)
             else:

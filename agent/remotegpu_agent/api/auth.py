@@ -58,6 +58,8 @@ class Caller:
     source: str
     role: Role
     is_legacy: bool = False
+    uid: int | None = None
+    """The user of this host, for callers of the Unix socket."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +124,10 @@ def _groups_of(uid: int, gid: int) -> tuple[int, ...]:
 def _identify_local(rules: Rules, peer: LocalPeer) -> Caller:
     is_member = rules.group_id is not None and rules.group_id in peer.groups
     if peer.uid in (0, rules.own_uid) or is_member:
-        return Caller(f"uid:{peer.uid}", source_of(peer), Role.OPERATE)
+        return Caller(f"uid:{peer.uid}", source_of(peer), Role.OPERATE, uid=peer.uid)
     raise Refused(
-        Code.FORBIDDEN, f"user {peer.uid} may not use this socket; root, the agent's user and group remotegpu may"
+        Code.FORBIDDEN,
+        f"user {peer.uid} may not use this socket; root, the agent's user and group api.socket_group may",
     )
 
 

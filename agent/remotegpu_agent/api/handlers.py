@@ -8,10 +8,11 @@ import functools
 from aiohttp import web
 
 from remotegpu_agent import host
-from remotegpu_agent.api.context import Context, context_of, note
+from remotegpu_agent.api.context import CALLER, Context, context_of, note
 from remotegpu_agent.api.envelope import bare, success
-from remotegpu_agent.api.parsing import ListQuery, ShowQuery, parse_body, parse_query, task_id_of
+from remotegpu_agent.api.parsing import ListQuery, ShowQuery, SubmitQuery, parse_body, parse_query, task_id_of
 from remotegpu_agent.api.submission import parse_submission
+from remotegpu_agent.task_user import Submitter
 from remotegpu_schemas import limits
 from remotegpu_schemas.api import ProcessStopRequest, SubmitAnswer, TaskDetail
 from remotegpu_schemas.errors import Code, Refused
@@ -39,10 +40,12 @@ async def queue_status(request: web.Request) -> web.Response:
 
 
 async def submit_tasks(request: web.Request) -> web.Response:
-    """POST /tasks: the tasks of a task file, all or none."""
+    """POST /tasks?directory=: the tasks of a task file, all or none."""
     context = context_of(request)
+    directory = parse_query(SubmitQuery, request).directory
     tasks = await _parse(await request.read(), context.settings.machine_id)
-    task_ids = await context.operations.submit(tasks)
+    uid = request[CALLER].uid
+    task_ids = await context.operations.submit(tasks, Submitter(uid, directory) if uid is not None else None)
     note(request, tasks=len(task_ids), task_ids=" ".join(task_ids[:_IDS_AUDITED_MAX]))
     return success(SubmitAnswer(task_ids=task_ids), context.now())
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Final, Literal, TypeVar
 
 from aiohttp import web
@@ -32,6 +34,12 @@ def _check_label(value: str) -> str:
     return value
 
 
+def _check_directory(value: Path) -> Path:
+    if not value.is_absolute() or "\0" in str(value) or len(os.fsencode(value)) > limits.PATH_MAX_BYTES:
+        raise ValueError(f"must be an absolute path of at most {limits.PATH_MAX_BYTES} bytes")
+    return value
+
+
 def _clamp_wait(value: float) -> float:
     return min(value, limits.API_WAIT_MAX_S)
 
@@ -50,6 +58,12 @@ class ListQuery(Message):
     def labels(self) -> dict[str, str]:
         """All of them must fit."""
         return {name: value for name, _, value in (label.partition("=") for label in self.label)}
+
+
+class SubmitQuery(Message):
+    """POST /tasks: where the caller is. Where tasks run as their submitter, relative work directories begin there."""
+
+    directory: Annotated[Path, AfterValidator(_check_directory)] | None = None
 
 
 class ShowQuery(Message):

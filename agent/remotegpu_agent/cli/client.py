@@ -58,9 +58,15 @@ class Client:
         """The data of an answer. `wait_s` is how much longer than usual it may take. Raises Stop."""
         return self._call("GET", path, query, None, None, wait_s)
 
-    def post(self, path: str, body: bytes = b"", content_type: str = "application/json") -> Json:
+    def post(
+        self,
+        path: str,
+        body: bytes = b"",
+        content_type: str = "application/json",
+        query: Sequence[tuple[str, object]] = (),
+    ) -> Json:
         """As `get`; not repeated, so it happens at most once."""
-        return self._call("POST", path, (), body, content_type, 0.0)
+        return self._call("POST", path, query, body, content_type, 0.0)
 
     def delete(self, path: str) -> Json:
         """As `post`."""
@@ -109,7 +115,9 @@ class Client:
 
 def _mend(failures: Sequence[str]) -> str:
     if any("Permission denied" in failure for failure in failures):
-        return "Run this as root or as a member of the group 'remotegpu'"
+        return (
+            "Run this as root or as a member of the group 'remotegpu' (or what api.socket_group says)"
+        )
     return "Is it running (systemctl status remotegpu-agent)? Else name it by --config, REMOTEGPU_AGENT_SOCKET or --url"
 
 

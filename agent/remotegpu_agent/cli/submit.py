@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from remotegpu_agent.cli.arguments import Argument, Option
 from remotegpu_agent.cli.context import Globals, say
 from remotegpu_agent.cli.exits import INVALID_PARAMETERS, Broken, Exit, RefusedByAgent, Stop, Unreachable
+from remotegpu_schemas import limits
 
 if TYPE_CHECKING:
     from remotegpu_agent.cli.client import Client
@@ -211,7 +213,7 @@ def _submit(options: Globals, bodies: Sequence[Body], *, waits: bool, follows: b
 
 def _post(client: Client, name: str | None, body: bytes) -> list[str]:
     try:
-        answer = client.post("/tasks", body, _JSON if name is None else _YAML)
+        answer = client.post("/tasks", body, _JSON if name is None else _YAML, _whereabouts())
     except Broken as broken:
         hint = "it may have been submitted or not: look with remotegpu-agent list before you repeat it"
         raise Unreachable(f"{broken}; {hint}") from None
@@ -223,6 +225,15 @@ def _post(client: Client, name: str | None, body: bytes) -> list[str]:
         renamed = _BODY.sub(lambda _match: name, refusal.text)
         raise RefusedByAgent(refusal.business_code, renamed) from None
     return [str(task_id) for task_id in answer.get("task_ids", [])]
+
+
+def _whereabouts() -> list[tuple[str, object]]:
+    """The present directory, where a task that runs as its submitter runs. Nothing if it is gone or is not UTF-8."""
+    with contextlib.suppress(OSError, UnicodeEncodeError):
+        here = os.getcwd()
+        if len(here.encode("utf-8")) <= limits.PATH_MAX_BYTES:
+            return [("directory", here)]
+    return []
 
 
 def _messages(report: str) -> str:

@@ -3,10 +3,10 @@
 -- name: add_attempt
 INSERT INTO attempts
     (attempt_id, task_id, origin, state, priority, gpus, cpus, memory_gb, task, retries_used, lease_ttl_ns,
-     lease_deadline_ns, renew_interval_ns, boot_id, submitted_at_ms)
+     lease_deadline_ns, renew_interval_ns, boot_id, submitter_uid, submitted_at_ms)
 VALUES
     (:attempt_id, :task_id, :origin, :state, :priority, :gpus, :cpus, :memory_gb, :task, :retries_used, :lease_ttl_ns,
-     :lease_deadline_ns, :renew_interval_ns, :boot_id, :now_ms);
+     :lease_deadline_ns, :renew_interval_ns, :boot_id, :submitter_uid, :now_ms);
 
 -- name: add_label
 INSERT INTO labels (key, value, seq) VALUES (:key, :value, :seq);

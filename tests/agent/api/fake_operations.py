@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
 
 from remotegpu_agent.operations import Stream
+from remotegpu_agent.task_user import Submitter
 from remotegpu_schemas.api import (
     Capacity,
     ControlPlaneStatus,
@@ -94,6 +95,7 @@ class FakeOperations:
         self.failure: Exception | None = None
         self.calls: list[tuple[str, dict[str, object]]] = []
         self.submitted: list[Task] = []
+        self.submitters: list[Submitter | None] = []
         self.task_ended = asyncio.Event()
         self.show_waits = asyncio.Event()
         self.show_cancelled = asyncio.Event()
@@ -136,9 +138,10 @@ class FakeOperations:
             warnings=[],
         )
 
-    async def submit(self, tasks: Sequence[Task]) -> list[str]:
+    async def submit(self, tasks: Sequence[Task], submitter: Submitter | None) -> list[str]:
         """As it says."""
         self._called("submit")
+        self.submitters.append(submitter)
         self.submit_entered.set()
         await self.submit_may_go.wait()
         self.submitted.extend(tasks)

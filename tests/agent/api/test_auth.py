@@ -106,7 +106,7 @@ def test_an_ipv4_caller_of_a_dual_stack_socket() -> None:
 def test_local_peers_that_may(uid: int, groups: set[int]) -> None:
     """Root, the agent's own user and the group's members may operate."""
     peer = LocalPeer(uid, frozenset(groups))
-    assert identify(RULES, peer, {}, "POST", None) == Caller(f"uid:{uid}", "unix", Role.OPERATE)
+    assert identify(RULES, peer, {}, "POST", None) == Caller(f"uid:{uid}", "unix", Role.OPERATE, uid=uid)
 
 
 @pytest.mark.parametrize("headers", [{}, {"X-Agent-Token": "operator-secret"}])

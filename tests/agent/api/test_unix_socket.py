@@ -9,10 +9,13 @@ import os
 import pwd
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from yarl import URL
 
+from remotegpu_agent.task_user import Submitter
 from tests.agent.api.conftest import OPERATOR, Api, StartApi
 from tests.agent.api.fake_operations import TASK_ID
 
@@ -21,7 +24,7 @@ SOCKET_GROUP = "daemon"
 
 CLIENT = """
 import http.client, os, socket, sys
-path, method, target, token, uid, gid, *groups = sys.argv[1:]
+path, method, target, token, body, uid, gid, *groups = sys.argv[1:]
 os.setgroups([int(group) for group in groups])
 os.setgid(int(gid))
 os.setuid(int(uid))
@@ -29,7 +32,7 @@ connection = http.client.HTTPConnection("localhost", timeout=20)
 connection.sock = socket.socket(socket.AF_UNIX)
 connection.sock.settimeout(20)
 connection.sock.connect(path)
-connection.request(method, target, headers={"X-Agent-Token": token} if token else {})
+connection.request(method, target, body or None, headers={"X-Agent-Token": token} if token else {})
 answer = connection.getresponse()
 print(answer.status)
 print(answer.read().decode())
@@ -39,7 +42,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a
 
 
 async def call_as(
-    api: Api, user: str, group: str, extra_groups: list[str], method: str, target: str, token: str = ""
+    api: Api, user: str, group: str, extra_groups: list[str], method: str, target: str, token: str = "", body: str = ""
 ) -> tuple[int, dict[str, Any]]:
     """Make a call from a process of that user with these groups."""
     path = api.server.endpoints.socket
@@ -49,7 +52,7 @@ async def call_as(
 
     def run() -> str:
         return subprocess.run(
-            [sys.executable, "-I", "-c", CLIENT, str(path), method, target, token, *ids],
+            [sys.executable, "-I", "-c", CLIENT, str(path), method, target, token, body, *ids],
             check=True,
             capture_output=True,
             text=True,
@@ -78,6 +81,34 @@ async def test_members_of_the_group_may_operate(start_api: StartApi, group: str,
         status, body = await call_as(api, "nobody", group, extra_groups, "POST", target)
         assert (status, body["code"]) == (200, 0)
         assert api.audit_lines()[0]["who"] == f"uid:{pwd.getpwnam('nobody').pw_uid}"
+
+
+@needs_root
+async def test_who_submits_is_known_by_the_kernel(start_api: StartApi) -> None:
+    """The uid is the peer's, whatever token it sends; its directory is what it says."""
+    body = '{"task": {"command": "id"}}'
+    async with start_api(socket_group=SOCKET_GROUP) as api:
+        for target in ("/api/v1/tasks", "/api/v1/tasks?directory=/data/a%20b"):
+            token = OPERATOR["X-Agent-Token"]
+            assert (await call_as(api, "nobody", SOCKET_GROUP, [], "POST", target, token, body))[0] == 200
+        uid = pwd.getpwnam("nobody").pw_uid
+        assert api.operations.submitters == [Submitter(uid), Submitter(uid, Path("/data/a b"))]
+
+
+async def test_a_caller_with_a_token_is_no_user_of_this_host(api: Api) -> None:
+    """Over TCP nobody is known by uid, and a directory says nothing."""
+    assert (await api.call("POST", "/api/v1/tasks?directory=/data", data='{"task": {"command": "id"}}'))[0] == 200
+    assert api.operations.submitters == [None]
+
+
+@pytest.mark.parametrize("directory", ["data", "", "/a%00b", f"/{'x' * 4096}"])
+async def test_a_directory_is_an_absolute_path(api: Api, directory: str) -> None:
+    """Anything else is refused by name."""
+    target = URL(f"http://localhost/api/v1/tasks?directory={directory}", encoded=True)
+    async with api.unix.post(target, data='{"task": {"command": "id"}}') as answer:
+        body = await answer.json()
+    assert (answer.status, body["code"]) == (400, 30005)
+    assert body["message"].startswith("directory: must be an absolute path")
 
 
 @needs_root

@@ -15,6 +15,7 @@ from typing import Any, Self
 from remotegpu_agent.api import ApiServer, ApiSettings
 from remotegpu_agent.audit import AuditLog
 from remotegpu_agent.operations import Stream
+from remotegpu_agent.task_user import Submitter
 from remotegpu_schemas.api import LogChunk, RunView, TaskDetail, TaskPage, TaskView
 from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.states import FINAL_TASK_STATES, Cause, RunState, TaskState
@@ -94,9 +95,9 @@ class ScriptedOperations(FakeOperations):
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def submit(self, tasks: Sequence[Task]) -> list[str]:
+    async def submit(self, tasks: Sequence[Task], submitter: Submitter | None) -> list[str]:
         """As it says."""
-        task_ids = await super().submit(tasks)
+        task_ids = await super().submit(tasks, submitter)
         for task in tasks:
             self.add(task.id, TaskState.PENDING, runs=0, name=task.name or "")
         return task_ids

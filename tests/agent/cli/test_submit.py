@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from remotegpu_agent.cli.following import describe_end, exit_code_of, worst
+from remotegpu_agent.task_user import Submitter
 from remotegpu_schemas.errors import Code, Refused
 from remotegpu_schemas.states import Cause, TaskState
 from remotegpu_schemas.task import Task
@@ -88,6 +90,21 @@ def test_command(agent: LiveAgent, local: Cli, tmp_path: Path, monkeypatch: pyte
     assert (task.command, list(task.args or ())) == ("python", ["-m", "x", "--json", "--wait", "--", "a b", ""])
     assert (task.name, task.priority, task.resources.gpus, task.timeout_s) == ("n 1", 3, 2, 5400.0)
     assert (dict(task.env), task.workdir) == ({"A": "b=c", "E": ""}, str(tmp_path))
+
+
+def test_where_it_was_submitted_goes_along(
+    agent: LiveAgent, local: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: Path
+) -> None:
+    """The caller's directory is sent with each file and command; one that is gone is left out."""
+    here = tmp_path / "größe &c"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert local("submit", good).code == 0
+    assert local("submit", "--", "true").code == 0
+    here.rmdir()
+    assert local("submit", "--", "true").code == 0
+    uid = os.geteuid()
+    assert agent.operations.submitters == [Submitter(uid, here), Submitter(uid, here), Submitter(uid, None)]
 
 
 def test_text_is_not_interpreted(agent: LiveAgent, local: Cli) -> None:

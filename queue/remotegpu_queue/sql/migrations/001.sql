@@ -21,6 +21,7 @@ CREATE TABLE attempts (
     lease_deadline_ns  INTEGER,
     renew_interval_ns  INTEGER CHECK (renew_interval_ns > 0),
     boot_id            TEXT NOT NULL,
+    submitter_uid      INTEGER CHECK (submitter_uid >= 0),
     cause              TEXT CHECK (cause IN
                            ('succeeded', 'exit_code', 'signal', 'timed_out', 'out_of_memory', 'gpu_out_of_memory',
                             'gpu_error', 'gpu_fault', 'gpu_memory_exceeded', 'lease_lost', 'superseded', 'preempted',
@@ -48,7 +49,8 @@ CREATE TABLE attempts (
     CHECK ((state = 'completed') = (exit_code IS 0)),
     CHECK ((state = 'cancelled') = coalesce(cause IN ('cancelled', 'stopped', 'dependency_failed'), 0)),
     CHECK (is_synced = 0 OR state IN ('completed', 'failed', 'cancelled')),
-    CHECK (state <> 'assigned' OR origin = 'control_plane')
+    CHECK (state <> 'assigned' OR origin = 'control_plane'),
+    CHECK (submitter_uid IS NULL OR origin = 'local')
 ) STRICT;
 
 CREATE INDEX attempts_of_task ON attempts (task_id, seq);
