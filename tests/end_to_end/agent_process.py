@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import aiohttp
+import psutil
 
 from tests.waiting import DEADLINE_S, until
 
@@ -71,6 +72,16 @@ class AgentProcess:
     def is_running(self) -> bool:
         """Whether the present process has not ended."""
         return self._process is not None and self._process.returncode is None
+
+    async def spawner(self) -> psutil.Process:
+        """Its spawner, once that has come so far as to have its name."""
+        children = psutil.Process(self.pid).children
+
+        async def look() -> list[psutil.Process]:
+            return [child for child in children() if child.name() == "remotegpu-spawn"]
+
+        [found] = await until(look)
+        return found
 
     def command(self, *arguments: str) -> list[str]:
         """A command line of the program with this agent's config."""

@@ -53,12 +53,6 @@ def locked(database: Path) -> Iterator[None]:
         db.execute("ROLLBACK")
 
 
-def spawner_of(host: AgentProcess) -> psutil.Process:
-    """The spawner, which has started by now."""
-    [found] = [child for child in psutil.Process(host.pid).children() if child.name() == "remotegpu-spawn"]
-    return found
-
-
 def has_line(path: Path, kind: str) -> bool:
     """Whether a run's record has come that far."""
     try:
@@ -107,7 +101,7 @@ async def test_f03_killed_after_the_launch_before_the_identity_is_stored(tmp_pat
     """F03: the database is locked while a launched task starts, then the agent is killed: adopted, by its directory."""
     barrier, trace = Barrier(tmp_path / "barrier"), tmp_path / "trace"
     async with agent(tmp_path) as host:
-        spawner = spawner_of(host)
+        spawner = await host.spawner()
         spawner.suspend()
         task_id = await host.submit(command=f"echo $$ >>{trace}; {barrier.wait}; echo whole; exit 5")
         await until_so(lambda: has_line(record_of_only_run(host), "spec"))
@@ -132,7 +126,7 @@ async def test_f03_a_launch_that_a_dead_agent_asked_for_starts_nothing(tmp_path:
     """F03: the spawner gets to the launch only when the next agent has started the task: it runs once, at no cost."""
     trace = tmp_path / "trace"
     async with agent(tmp_path) as host:
-        spawner = spawner_of(host)
+        spawner = await host.spawner()
         spawner.suspend()
         task_id = await host.submit(command=f"echo $REMOTEGPU_RUN_NUMBER >>{trace}")
         await until_so(lambda: has_line(record_of_only_run(host), "spec"))

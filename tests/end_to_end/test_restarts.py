@@ -75,7 +75,7 @@ async def test_f08_a_killed_spawner_is_replaced(tmp_path: Path) -> None:
     async with agent(tmp_path, capacity={"max_concurrent": 2}) as host:
         running = await host.submit(command="sleep 60")
         before = await host.wait_running(running)
-        spawner = next(child for child in psutil.Process(host.pid).children() if child.name() == "remotegpu-spawn")
+        spawner = await host.spawner()
         spawner.kill()
         assert (await host.wait_for(await host.submit(command="true")))["state"] == "completed"
         assert (await host.get(f"/tasks/{running}"))["process_id"] == before["process_id"]
@@ -89,7 +89,7 @@ async def test_f08_a_spawner_killed_in_the_middle_of_a_launch(tmp_path: Path) ->
     async with agent(tmp_path, capacity={"max_concurrent": 2}) as host:
         running = await host.submit(command=f"echo before; {gate.wait}; echo after; exit 6")
         await host.wait_running(running)
-        spawner = next(child for child in psutil.Process(host.pid).children() if child.name() == "remotegpu-spawn")
+        spawner = await host.spawner()
         spawner.suspend()
         launched = await host.submit(command=f"echo x >>{trace}")
         await until_so(lambda: len(list((host.state_dir / "attempts").glob("*.1/record"))) == 2)

@@ -22,12 +22,6 @@ LARGE: Final = ["x" * 100_000] * 9
 """Arguments that take some memory to hand on."""
 
 
-def spawner_of(host: AgentProcess) -> psutil.Process:
-    """The spawner, which has started by now."""
-    [found] = [child for child in psutil.Process(host.pid).children() if child.name() == "remotegpu-spawn"]
-    return found
-
-
 @contextmanager
 def scarce(pid: int, what: int, amount: int) -> Generator[None]:
     """Only so much of it for a process, and for those that it forks meanwhile."""
@@ -76,14 +70,14 @@ async def test_f27_a_spawner_without(tmp_path: Path, what: str, error: str) -> N
     """F27: EMFILE, ENOMEM where shims are forked: each launch is `launch_failed`, and repeated until it succeeds."""
     async with agent(tmp_path) as host:
         await host.wait_for(await host.submit(command="true"))
-        spawner = spawner_of(host)
+        spawner = await host.spawner()
         if what == "memory":
             limit = scarce(spawner.pid, resource.RLIMIT_AS, spawner.memory_info().vms)
         else:
             limit = scarce(spawner.pid, resource.RLIMIT_NOFILE, spawner.num_fds() + 3)
         with limit:
             await fails_then_succeeds(host, lambda: limit.__exit__(None, None, None), error, command="true", args=LARGE)
-            assert spawner_of(host) == spawner
+            assert (await host.spawner()) == spawner
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a spawner as another user")
@@ -103,10 +97,11 @@ async def test_f27_a_spawner_that_may_fork_nothing(tmp_path: Path, open_dir: Pat
     host = AgentProcess(tmp_path, {})
     host.launched_by = [sys.executable, "-c", f"{code}'__main__', alter_sys=True)"]
     async with host:
+        spawner = await host.spawner()
 
         def lift() -> None:
             scarcity.unlink()
-            spawner_of(host).kill()
+            spawner.kill()
 
         await fails_then_succeeds(host, lift, "temporarily unavailable", command="true")
 
