@@ -115,9 +115,7 @@ class Client:
 
 def _mend(failures: Sequence[str]) -> str:
     if any("Permission denied" in failure for failure in failures):
-        return (
-            "Run this as root or as a member of the group 'remotegpu' (or what api.socket_group says)"
-        )
+        return "Run this as root or as a member of the group 'remotegpu' (or what api.socket_group says)"
     return "Is it running (systemctl status remotegpu-agent)? Else name it by --config, REMOTEGPU_AGENT_SOCKET or --url"
 
 
