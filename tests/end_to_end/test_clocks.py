@@ -63,9 +63,11 @@ async def test_f20_after_a_suspend_a_lease_is_renewed_at_once(tmp_path: Path) ->
         await both.host.start()
         [task_id] = await both.submit({"command": f"{gate.wait}; exit 5"})
         await both.host.wait_running(task_id)
-        await both.plane.faults.wait_calls("renew", 1, DEADLINE_S)  # once the start is accepted
+        await both.plane.faults.wait_calls("start", 1, DEADLINE_S)
+        await both.host.until_shown("/queue/status", lambda status: status["reports_waiting"] == 0)
+        assert both.plane.faults.calls["renew"] == 0
         clock.sleep(3400)
-        await both.plane.faults.wait_calls("renew", 2, DEADLINE_S)
+        await both.plane.faults.wait_calls("renew", 1, DEADLINE_S)
         await both.host.until_shown(f"/tasks/{task_id}", lambda task: task["lease_left_s"] > 1800)
         gate.open()
         [task] = await both.ended([task_id])
