@@ -114,6 +114,7 @@ def _lose_shim(sim: Simulation, fault: Fault) -> None:
 
 def _jump_clock(sim: Simulation, fault: Fault) -> None:
     fault.machine.ahead_s += sim.random.uniform(-86400, 86400)
+    sim.judge.seen["clocks jumped"] += 1
 
 
 def _attribute(

@@ -64,6 +64,14 @@ def test_f13_lost_answers() -> None:
     assert seen["starts repeated"]
 
 
+def test_f20_wall_clocks_jump_by_a_day() -> None:
+    """F20: no lease lapses, no run ends by one, and every result arrives."""
+    seen = _run("jump clock")
+    assert seen["clocks jumped"] > _SCHEDULES
+    assert seen["results accepted"] > _SCHEDULES
+    assert seen["leases lapsed"] == seen["ended by their lease"] == 0
+
+
 def test_f31_everything_at_the_same_moment() -> None:
     """F31: of timeout, cancellation, stop and natural end one is the outcome; once."""
     seen = _run("collide")
