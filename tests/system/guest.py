@@ -227,7 +227,7 @@ def check_f09_shim_killed() -> None:
 
 
 def check_f20_wall_clock_jumps() -> None:
-    """F20: the host's clock is set a day ahead, and back: a timeout and a retry's delay take their seconds all the same.
+    """F20: the host's clock is set a day ahead, and back: a timeout and a retry's delay take their seconds.
 
     Agent, shim and systemd have the same clock here.
     """
