@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,8 @@ def check_f20_wall_clock_jumps() -> None:
         timed = submit("sleep 1000", timeout="20s", grace_period="1s")
         delayed = submit("exit $((2 - REMOTEGPU_RUN_NUMBER))", retry={"max": 1, "delay": 15})
         running(timed)
-        until(lambda task_id=delayed: call("GET", f"/tasks/{task_id}")["retries_used"] == 1, "the first run to fail")
+        has_failed = partial(lambda task_id: call("GET", f"/tasks/{task_id}")["retries_used"] == 1, delayed)
+        until(has_failed, "the first run to fail")
         begun = time.monotonic()
         time.clock_settime(time.CLOCK_REALTIME, time.time() + days * 86400)
         assert call("GET", f"/tasks/{timed}")["state"] == "running"
