@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ class Barrier:
 
 
 @contextmanager
-def locked(database: Path) -> Iterator[None]:
+def locked(database: Path) -> Generator[None]:
     """Nothing can be committed to it meanwhile, by anybody."""
     with closing(sqlite3.connect(database, timeout=DEADLINE_S, isolation_level=None)) as db:
         db.execute("BEGIN IMMEDIATE")
