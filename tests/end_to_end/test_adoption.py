@@ -21,9 +21,9 @@ from tests.waiting import DEADLINE_S, until_so
 
 RUNS: Final = 100
 ADOPTED_WITHIN_S: Final = 1.5
-"""What is promised of 100 runs, on a machine that does nothing else."""
-SHARED_MACHINE: Final = 4
-"""So many times longer it may take beside other tests."""
+"""What is promised of 100 runs on a machine that does nothing else; more work than that it is nowhere."""
+SHARED_MACHINE: Final = 10
+"""So many times longer it may take beside others."""
 
 
 class Barrier:
@@ -83,12 +83,16 @@ async def test_f04_a_hundred_running_tasks_are_adopted_at_once(
         begun = time.monotonic()
         await host.start()
         listed = (await host.get(f"/tasks?state=running&limit={RUNS}"))["tasks"]
-        took_s = time.monotonic() - begun
+        took_s, worked = time.monotonic() - begun, psutil.Process(host.pid).cpu_times()
+        worked_s = worked.user + worked.system
         [stock] = [event for event in host.events() if event["event"] == "took stock" and event["adopted"]]
         with capsys.disabled():
-            print(f"\n{stock['adopted']} runs adopted {took_s:.2f} s after the agent's start was asked for")
+            print(
+                f"\n{stock['adopted']} runs adopted in {took_s:.2f} s from the agent's start, {worked_s:.2f} s of work"
+            )
         assert stock["adopted"] == RUNS
         assert {task["id"]: task["process_id"] for task in listed} == {f"t-{n}": before[n] for n in range(RUNS)}
+        assert worked_s < ADOPTED_WITHIN_S
         assert took_s < ADOPTED_WITHIN_S * SHARED_MACHINE
         barrier.open()
         for n in range(RUNS):
