@@ -244,6 +244,7 @@ class AgentOperations:
                 blocks=frozenset(block.kind for block in self.standing.blocks()),
                 breaker=self.breaker.breaker.phase,
                 is_connected=self.standing.control_plane().is_connected,
+                contact_problem=self.standing.contact_problem,
                 reports_waiting=counts.reports_waiting,
                 dead_letters=counts.dead_letters,
                 loop_failures=self.loops.failures,

@@ -20,6 +20,7 @@ from remotegpu_agent.progress import Progress
 from remotegpu_agent.reports import Outputs, Reports, usage_of
 from remotegpu_agent.runspec import refusal
 from remotegpu_queue import units, views
+from remotegpu_queue.outbox import add_report
 from remotegpu_queue.rows import Attempt
 from remotegpu_queue.store import LostRace, Store, StoreUnavailable
 from remotegpu_queue.transitions import AfterRun, IllegalTransition, Outcome, after_run
@@ -192,6 +193,10 @@ class Books:
             report=complete,
             drop_reports=not CAUSE_RULES[outcome.cause].is_reported,
         )
+        if not after.is_final and (record is None or record.started is None):
+            begun = self._reports.begun(attempt, run_no)
+            if begun is not None:
+                add_report(db, attempt_id, "start", begun, ended_ms, self.boot_id)
         return Ended(outcome, after)
 
     async def _until_stored(self, unit: Callable[[sqlite3.Connection], T], what: str) -> T:

@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from remotegpu_agent.config_values import SUBMITTER
+from remotegpu_agent.proxies import proxy_for
+from remotegpu_agent.tls import no_password
+from remotegpu_schemas.errors import Misconfigured
 from remotegpu_schemas.limits import TOKENS_FILE_MAX_BYTES
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 CREDENTIAL_NAME: Final = "control-plane-token"
 """The systemd credential that stands in for `control_plane.token_file` (systemd.exec(5), LoadCredential=)."""
 _CA_MEND: Final = "name the PEM file of who signed the control plane's certificate"
+_ONLINE_CPUS: Final = Path("/sys/devices/system/cpu/online")
 NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 TOKEN_MAX_BYTES: Final = 8192
 """Servers refuse header lines above 8 KiB."""
@@ -46,10 +50,13 @@ def check_files(config: Config, environ: Mapping[str, str] = os.environ) -> list
     problems = [_state_dir_problem(config.agent.state_dir)]
     if config.control_plane.url is not None:
         problems += [_token_problem(config, environ), *_tls_problems(config.control_plane)]
+        problems.append(_proxy_problem(config.control_plane.url, environ))
     if config.api.tokens_file is not None:
         problems.append(_tokens_file_problem(config.api.tokens_file))
     if config.api.socket is not None:
         problems.append(_socket_problem(config.api.socket))
+    if config.tasks.allowed_cpus is not None:
+        problems.append(_cpus_problem(config.tasks.allowed_cpus))
     if config.tasks.run_as is not None:
         problems.append(_user_problem(config.tasks.run_as))
     return [problem for problem in problems if problem is not None]
@@ -100,6 +107,14 @@ def _token_problem(config: Config, environ: Mapping[str, str]) -> str | None:
     return None
 
 
+def _proxy_problem(url: str, environ: Mapping[str, str]) -> str | None:
+    try:
+        proxy_for(url, environ)
+    except Misconfigured as error:
+        return f"control_plane.url: {error}, in the environment of the agent"
+    return None
+
+
 def _tls_problems(plane: ControlPlaneSection) -> list[str | None]:
     problems: list[str | None] = []
     if plane.ca_file is not None:
@@ -112,7 +127,7 @@ def _tls_problems(plane: ControlPlaneSection) -> list[str | None]:
     if plane.client_cert_file is not None and plane.client_key_file is not None:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(
-                plane.client_cert_file, plane.client_key_file, password=_no_password
+                plane.client_cert_file, plane.client_key_file, password=no_password
             )
         except ssl.SSLError as error:
             problems.append(
@@ -126,11 +141,6 @@ def _tls_problems(plane: ControlPlaneSection) -> list[str | None]:
                 f"{_reason(error)}; make both readable by the agent"
             )
     return problems
-
-
-def _no_password() -> str:
-    """Without this OpenSSL asks on the terminal for the pass phrase of an encrypted key."""
-    return ""
 
 
 def _tokens_file_problem(path: Path) -> str | None:
@@ -198,6 +208,24 @@ def _nearest_existing(path: Path) -> tuple[Path, int]:
         with contextlib.suppress(FileNotFoundError):
             return candidate, candidate.stat().st_mode
     raise FileNotFoundError(path)
+
+
+def _cpus_problem(allowed: str) -> str | None:
+    """A task that may use none of this host's CPUs would be refused by the kernel, or use all of them."""
+    online = _cpus_of(_ONLINE_CPUS.read_text())
+    missing = sorted(_cpus_of(allowed) - online)
+    if not missing:
+        return None
+    return f"tasks.allowed_cpus: this host has no CPU {missing[0]}; it has {_ONLINE_CPUS.read_text().strip()}"
+
+
+def _cpus_of(text: str) -> set[int]:
+    """The numbers of a list of CPUs (the list format of cpuset(7))."""
+    cpus: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return cpus
 
 
 def _user_problem(name: str) -> str | None:

@@ -6,9 +6,6 @@ Never raises for what the other side does; no connection and a timeout are answe
 from __future__ import annotations
 
 import asyncio
-import ssl
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,12 @@ import aiohttp
 import structlog
 
 from remotegpu_agent import VERSION
+from remotegpu_agent.answer_reading import read_body, redirect_sentence
 from remotegpu_agent.clock import Clock
+from remotegpu_agent.config_check import read_token
+from remotegpu_agent.contact import Contact, Peer, Problem, failure_of, problem_of, proxy_refusal
+from remotegpu_agent.proxies import Proxy
+from remotegpu_agent.tls import RenewedContext, TlsFiles
 from remotegpu_schemas import limits
 from remotegpu_schemas.errors import Misconfigured
 from remotegpu_schemas.task import TaskId
@@ -41,33 +43,19 @@ _BASE_PATH: Final = "/api/v1/agent"
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer and when its request was sent (CLOCK_BOOTTIME ns, taken before the first byte)."""
+    """An answer and when its request was sent (CLOCK_BOOTTIME ns, taken before the first byte).
+
+    `problem` is why there is no answer of the plane; None when there is one.
+    """
 
     answer: Answer
     sent_boottime_ns: int
+    problem: Problem | None = None
 
     @property
     def verdict(self) -> Verdict:
         """What the answer means."""
         return self.answer.verdict
-
-
-@dataclass(frozen=True)
-class TlsFiles:
-    """Own CA and client certificate, each optional."""
-
-    ca_file: Path | None = None
-    client_cert_file: Path | None = None
-    client_key_file: Path | None = None
-
-
-@dataclass
-class Contact:
-    """How the agent stands with the control plane, for people."""
-
-    is_connected: bool = False
-    last_contact_ms: int | None = None
-    error: str | None = "not contacted yet"
 
 
 class ControlPlane:
@@ -81,30 +69,36 @@ class ControlPlane:
         timeout_s: float,
         clock: Clock,
         tls: TlsFiles | None = None,
+        proxy: Proxy | None = None,
         on_reconnect: Callable[[], None] = lambda: None,
     ) -> None:
         self._url = url.rstrip("/") + _BASE_PATH
         self._token_file = token_file
         self._timeout_s = timeout_s
         self._clock = clock
-        self._tls = tls or TlsFiles()
+        files = tls or TlsFiles()
+        self._peer = Peer(url, proxy, files.client_cert_file is not None)
+        self._context = RenewedContext(files)
         self._on_reconnect = on_reconnect
         self._token = ""
-        # Looked up once: aiohttp's `trust_env` asks two threads at each request.
-        self._proxy = proxy_for(url)
         self._session: aiohttp.ClientSession | None = None
         self.contact = Contact()
 
     async def __aenter__(self) -> Self:
         """Open the connection pool; nothing is sent yet. Raises Misconfigured."""
         self._token = self._read_token()
-        connector = aiohttp.TCPConnector(limit=limits.PLANE_CONNECTIONS_MAX, ssl=self._ssl_context())
+        if self._peer.is_tls:
+            self._context.open()
         self._session = aiohttp.ClientSession(
-            connector=connector,
+            connector=aiohttp.TCPConnector(limit=limits.PLANE_CONNECTIONS_MAX),
+            # The time of a whole call is bounded where it is made; aiohttp's own five minutes would cut long polls.
+            timeout=aiohttp.ClientTimeout(total=None),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             headers={"Accept-Encoding": "identity", "User-Agent": f"remotegpu-agent/{VERSION}"},
         )
+        if self._peer.proxy is not None:
+            log.info("the control plane is reached by way of a proxy", url=self._url, proxy=self._peer.proxy.name)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -122,7 +116,12 @@ class ControlPlane:
 
     async def claim(self, request: ClaimRequest) -> Reply:
         """POST /tasks/claim; waits `wait_sec` longer than other calls."""
-        return await self._call("/tasks/claim", request.body(), extra_s=request.wait_sec or 0)
+        return await self._call(
+            "/tasks/claim",
+            request.body(),
+            extra_s=request.wait_sec or 0,
+            answer_max_bytes=limits.WIRE_CLAIM_ANSWER_MAX_BYTES,
+        )
 
     async def renew(self, task_id: TaskId, request: RenewRequest, *, timeout_s: float) -> Reply:
         """POST /tasks/{id}/lease/renew within `timeout_s`, so that one hanging call does not eat the lease."""
@@ -136,110 +135,119 @@ class ControlPlane:
         """POST /tasks/{id}/result/upload-url; only where the plane's `features` name `upload-url`."""
         return await self._call(f"/tasks/{task_id}/result/upload-url", request.body())
 
-    async def _call(self, path: str, body: JsonObject, *, extra_s: float = 0, timeout_s: float | None = None) -> Reply:
-        reply = await self._try(path, body, (timeout_s or self._timeout_s) + extra_s)
-        self._note(reply.answer)
-        if reply.verdict is Verdict.UNAUTHORIZED and self._reread_token():
-            reply = await self._try(path, body, (timeout_s or self._timeout_s) + extra_s)
-            self._note(reply.answer)
+    async def _call(
+        self,
+        path: str,
+        body: JsonObject,
+        *,
+        extra_s: float = 0,
+        timeout_s: float | None = None,
+        answer_max_bytes: int = limits.WIRE_ANSWER_MAX_BYTES,
+    ) -> Reply:
+        whole_s, token = (timeout_s or self._timeout_s) + extra_s, self._token
+        reply = await self._try(path, body, whole_s, answer_max_bytes)
+        self._note(reply)
+        if reply.verdict is Verdict.UNAUTHORIZED and self._has_other_token(token):
+            reply = await self._try(path, body, whole_s, answer_max_bytes)
+            self._note(reply)
+        if reply.answer.has_odd_data:
+            log.warning("the data of an answer is no object and counts as not given", path=path)
         return reply
 
-    async def _try(self, path: str, body: JsonObject, timeout_s: float) -> Reply:
+    async def _try(self, path: str, body: JsonObject, timeout_s: float, answer_max_bytes: int) -> Reply:
+        """One request; whatever comes of it is a reply."""
+        sent_ns = self._clock.boottime_ns()
+        problem: Problem | None = None
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer, problem = await self._post(path, body, answer_max_bytes)
+        except TimeoutError:
+            problem, answer = Problem.TIMEOUT, Answer(Verdict.RETRY, f"no whole answer within {timeout_s:g} s")
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            had_contact = self.contact.last_contact_ms is not None
+            problem, text = failure_of(error, self._peer, had_contact=had_contact)
+            answer = Answer(Verdict.RETRY, text)
+        return Reply(answer, sent_ns, problem)
+
+    async def _post(self, path: str, body: JsonObject, answer_max_bytes: int) -> tuple[Answer, Problem | None]:
         if self._session is None:
             raise RuntimeError("the client is not open")
-        sent_ns = self._clock.boottime_ns()
+        peer = self._peer
         headers = {"X-Agent-Token": self._token, "Authorization": f"Bearer {self._token}"} if self._token else {}
-        try:
-            async with (
-                asyncio.timeout(timeout_s),
-                self._session.post(
-                    self._url + path, json=body, headers=headers, allow_redirects=False, proxy=self._proxy
-                ) as response,
-            ):
-                data = await _read_bounded(response)
-                answer = parse_answer(response.status, response.headers, data)
-        except TimeoutError:
-            answer = Answer(Verdict.RETRY, f"no answer within {timeout_s:g} s")
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            answer = Answer(Verdict.RETRY, f"{type(error).__name__}: {error}"[: limits.WIRE_MESSAGE_MAX_CHARS])
-        return Reply(answer, sent_ns)
+        to_proxy = peer.proxy.authorization if peer.proxy is not None else {}
+        if not peer.is_tls:
+            headers |= to_proxy  # there is no tunnel: the request itself is the proxy's
+        async with self._session.post(
+            self._url + path,
+            json=body,
+            headers=headers,
+            allow_redirects=False,
+            ssl=self._context.current() if peer.is_tls else True,
+            proxy=peer.proxy.url if peer.proxy is not None else None,
+            proxy_headers=to_proxy or None,
+        ) as response:
+            if response.status == 407 and peer.proxy is not None:
+                text = proxy_refusal(response.status, response.reason or "", peer)
+                return Answer(Verdict.RETRY, text), Problem.PROXY
+            if 300 <= response.status < 400:
+                # Not even to the same origin: the answer to a POST that was redirected by 301 or 302 is a GET's.
+                return Answer(Verdict.RETRY, redirect_sentence(response), {}, response.status), None
+            data = await read_body(response, answer_max_bytes)
+            return parse_answer(response.status, response.headers, data), None
 
-    def _note(self, answer: Answer) -> None:
-        was_connected = self.contact.is_connected
-        reached = answer.http_status != 0
-        works = reached and answer.verdict is not Verdict.UNAUTHORIZED and answer.http_status < 500
-        self.contact.is_connected = works
-        if reached:
-            self.contact.last_contact_ms = self._clock.wall_ms()
-        self.contact.error = None if works else answer.message
-        if works and not was_connected:
+    def _note(self, reply: Reply) -> None:
+        contact, answer = self.contact, reply.answer
+        was_connected, problem_before = contact.is_connected, contact.problem
+        contact.problem = reply.problem or problem_of(answer)
+        if contact.problem is None and answer.http_status == 0:
+            contact.problem = Problem.UNREACHABLE
+        contact.is_connected = contact.problem is None
+        if answer.http_status != 0:
+            contact.last_contact_ms = self._clock.wall_ms()
+        contact.error = self._error(answer) if contact.problem is not None else None
+        if contact.is_connected and not was_connected:
             log.info("the control plane answers", url=self._url)
             self._on_reconnect()
-        elif was_connected and not works:
-            log.warning("the control plane does not answer as it should", url=self._url, error=answer.message)
+        elif contact.problem is not None and contact.problem is not problem_before:
+            log.warning(
+                "the control plane does not answer as it should",
+                url=self._url,
+                problem=contact.problem,
+                error=contact.error,
+            )
+
+    def _error(self, answer: Answer) -> str:
+        if self.contact.problem is Problem.TOKEN_REFUSED:
+            return (
+                f"it refuses the token (HTTP {answer.http_status}: {answer.message or 'no reason'}); tasks go on and "
+                f"results are kept; put a valid token into {self._token_file}, it is read again by itself"
+            )
+        return answer.message or f"HTTP {answer.http_status}"
 
     def _read_token(self) -> str:
         if self._token_file is None:
             return ""
         try:
-            token = self._token_file.read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            return read_token(self._token_file)
+        except OSError as error:
             raise Misconfigured(
-                f"the token file {self._token_file} cannot be read: {error}; name another one"
+                f"the token file {self._token_file} cannot be read: {error.strerror or error}; name another one"
             ) from error
-        if not token or not token.isascii() or not token.isprintable() or " " in token:
-            raise Misconfigured(
-                f"the token file {self._token_file} must hold one token of printable ASCII, and nothing else"
-            )
-        return token
+        except ValueError as error:
+            raise Misconfigured(f"the token file {self._token_file} {error}") from error
 
-    def _reread_token(self) -> bool:
-        """Whether the token file now holds another token than the refused one."""
+    def _has_other_token(self, refused: str) -> bool:
+        """Whether there is another token than the refused one: of the file, or read by another call meanwhile."""
         try:
-            token = self._read_token()
+            self._token = self._read_token()
         except Misconfigured as error:
-            log.error("the control plane refuses the token", error=str(error))
+            log.error("the control plane refuses the token, and there is no other", error=str(error))
             return False
-        if token == self._token:
+        if self._token == refused:
             log.error(
                 "the control plane refuses the token; tasks go on and results are kept",
                 token_file=str(self._token_file),
                 remedy="put a valid token into the file; it is read again by itself",
             )
             return False
-        self._token = token
         return True
-
-    def _ssl_context(self) -> ssl.SSLContext | bool:
-        if not self._url.startswith("https:"):
-            return True
-        tls = self._tls
-        try:
-            context = ssl.create_default_context(cafile=str(tls.ca_file) if tls.ca_file else None)
-            if tls.client_cert_file is not None:
-                context.load_cert_chain(tls.client_cert_file, tls.client_key_file)
-        except (OSError, ssl.SSLError) as error:
-            raise Misconfigured(
-                f"the certificates of the control plane cannot be loaded: {error}; "
-                "check control_plane.ca_file, client_cert_file and client_key_file"
-            ) from error
-        return context
-
-
-def proxy_for(url: str) -> str | None:
-    """The proxy that the environment names for this URL (`http_proxy`, `https_proxy`, `no_proxy`), or None."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.hostname is None or urllib.request.proxy_bypass(parts.hostname):
-        return None
-    return urllib.request.getproxies().get(parts.scheme)
-
-
-async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
-    """The body, at most `limits.WIRE_ANSWER_MAX_BYTES`. Raises ValueError for more."""
-    chunks, size = [], 0
-    async for chunk in response.content.iter_chunked(64 * limits.KIB):
-        size += len(chunk)
-        if size > limits.WIRE_ANSWER_MAX_BYTES:
-            raise ValueError(f"the answer is longer than {limits.WIRE_ANSWER_MAX_BYTES} bytes")
-        chunks.append(chunk)
-    return b"".join(chunks)

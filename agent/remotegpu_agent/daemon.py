@@ -34,7 +34,7 @@ from remotegpu_agent.claims import Claimer, ClaimSettings
 from remotegpu_agent.clock import Clock, SystemClock
 from remotegpu_agent.config import Config, token_path
 from remotegpu_agent.config_check import NO_ROOM
-from remotegpu_agent.control_plane import ControlPlane, TlsFiles
+from remotegpu_agent.control_plane import ControlPlane
 from remotegpu_agent.dead_letters import DeadLetters
 from remotegpu_agent.directory_watch import DirectoryWatcher
 from remotegpu_agent.dispatch import Dispatcher
@@ -46,6 +46,7 @@ from remotegpu_agent.leases import LeaseKeeper, LeaseSettings
 from remotegpu_agent.names import Names, name_agent
 from remotegpu_agent.presence import HostState, Presence, cancelled_attempts
 from remotegpu_agent.progress import ProgressFollower
+from remotegpu_agent.proxies import proxy_for
 from remotegpu_agent.recovery import recover
 from remotegpu_agent.reporter import Fate, Reporter
 from remotegpu_agent.reports import Reports
@@ -55,6 +56,7 @@ from remotegpu_agent.runspec import RunSettings
 from remotegpu_agent.standing import Standing
 from remotegpu_agent.supervise import Loops
 from remotegpu_agent.task_user import SUBMITTER, find_user
+from remotegpu_agent.tls import TlsFiles
 from remotegpu_queue import damage, outbox, units, views
 from remotegpu_queue.admission import Floors, Readings
 from remotegpu_queue.breaker import Rules
@@ -413,6 +415,7 @@ class Agent:
                 timeout_s=plane.timeout,
                 clock=self._clock,
                 tls=TlsFiles(plane.ca_file, plane.client_cert_file, plane.client_key_file),
+                proxy=proxy_for(plane.url, environ),
                 on_reconnect=self._on_reconnect,
             )
         )

@@ -132,6 +132,7 @@ class LeaseKeeper:
     async def _keep(self, attempt_id: AttemptId, held: _Held) -> None:
         failures = 0
         next_renewal_ns = self._renewal_due_ns(held)
+        asked_until_ns = 0  # the plane's Retry-After: nothing that happens meanwhile makes a renewal due earlier
         while not held.is_released:
             now_ns = self._clock.boottime_ns()
             is_over = now_ns >= held.lease.deadline_boottime_ns
@@ -146,7 +147,7 @@ class LeaseKeeper:
                 due_ns += [next_renewal_ns] if may_renew else []
                 has_changed = await self._wait(held, (min(due_ns) - now_ns) / 1e9 if due_ns else None)
                 if has_changed and may_renew:
-                    next_renewal_ns = 0
+                    next_renewal_ns = asked_until_ns
                 continue
             reply = await self._renew(attempt_id, held)
             if reply is None:
@@ -155,8 +156,8 @@ class LeaseKeeper:
             else:
                 failures += 1
                 pause_s = leasing.renew_again_after_s(held.lease.ttl_s, failures, self._random())
-                pause_s = max(pause_s, reply.answer.retry_after_s or 0.0)
-                next_renewal_ns = self._clock.boottime_ns() + round(pause_s * 1e9)
+                asked_until_ns = self._clock.boottime_ns() + round((reply.answer.retry_after_s or 0.0) * 1e9)
+                next_renewal_ns = max(self._clock.boottime_ns() + round(pause_s * 1e9), asked_until_ns)
 
     def _renewal_due_ns(self, held: _Held) -> int:
         """By what is left of the lease: of one that was taken over from an earlier agent little may be."""

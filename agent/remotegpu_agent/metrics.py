@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from remotegpu_agent.contact import Problem
 from remotegpu_queue.admission import BlockKind
 from remotegpu_queue.breaker import Phase
 from remotegpu_schemas.states import TaskState
@@ -33,6 +34,7 @@ class Snapshot:
     blocks: frozenset[BlockKind]
     breaker: Phase
     is_connected: bool
+    contact_problem: Problem | None
     reports_waiting: int
     dead_letters: int
     loop_failures: Mapping[str, int]
@@ -75,6 +77,12 @@ class _Once(Collector):
             {str(phase): int(phase is now.breaker) for phase in Phase},
         )
         yield _gauge("remotegpu_control_plane_connected", "1 while the control plane answers.", int(now.is_connected))
+        yield _by(
+            "remotegpu_control_plane_problem",
+            "1 for what is wrong between agent and control plane.",
+            "problem",
+            {str(problem): int(problem is now.contact_problem) for problem in Problem},
+        )
         yield _gauge("remotegpu_reports_waiting", "Reports that wait for the control plane.", now.reports_waiting)
         yield _gauge("remotegpu_dead_letters", "Reports that the control plane refused for good.", now.dead_letters)
         failures = CounterMetricFamily(

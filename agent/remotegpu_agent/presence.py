@@ -76,13 +76,10 @@ class Presence:
             beats = 0
             while await self._beat():
                 beats += 1
-                await self._pause(self._next_beat_s())
+                await self._pause()
             if not beats:
                 # Registering has not helped; a plane that always asks for it is not asked faster than heartbeats go.
-                await self._pause(self._next_beat_s())
-
-    def _next_beat_s(self) -> float:
-        return max(self._interval_s * (0.9 + 0.2 * self._random()), self._asked_pause_s)
+                await self._pause()
 
     async def _register(self) -> None:
         self.registered.clear()
@@ -126,9 +123,13 @@ class Presence:
         # An unknown agent (the plane lost its memory) answers 30004 or a bare 404: a register is harmless and cures it.
         return reply.verdict not in {Verdict.SUPERSEDED, Verdict.AMBIGUOUS}
 
-    async def _pause(self, seconds: float) -> None:
+    async def _pause(self) -> None:
+        """Until the next heartbeat is due. What happens here cuts the interval short, never the plane's Retry-After."""
+        seconds = self._interval_s * (0.9 + 0.2 * self._random()) - self._asked_pause_s
+        if self._asked_pause_s > 0:
+            await asyncio.sleep(self._asked_pause_s)
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(max(seconds, 0.0)):
                 await self._due.wait()
         except TimeoutError:
             return

@@ -29,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 _REPORT_EVERY_S: Final = 1.0
 _UNWATCHED_LOOK_S: Final = 5.0
+_WATCHED_LOOK_S: Final = 60.0
+"""The task may put another directory in the watched one's place, or write in ways that nobody is told of (mmap)."""
 
 Progress: TypeAlias = tuple[float, str]
 
@@ -113,11 +115,11 @@ class ProgressFollower:
                         log.warning("progress cannot be stored yet", attempt_id=attempt_id, error=str(error))
                     await asyncio.sleep(_REPORT_EVERY_S)
                 else:
-                    await _until(changed, None if is_told else _UNWATCHED_LOOK_S)
+                    await _until(changed, _WATCHED_LOOK_S if is_told else _UNWATCHED_LOOK_S)
                 changed.clear()
 
 
-async def _until(changed: asyncio.Event, timeout_s: float | None) -> None:
+async def _until(changed: asyncio.Event, timeout_s: float) -> None:
     try:
         async with asyncio.timeout(timeout_s):
             await changed.wait()

@@ -107,6 +107,8 @@ class Reporter:
         self._settled: set[AttemptId] = set()
         """Those whose delivery has ended since the outbox was last asked: what it says of them may be older."""
         self._missing_routes: set[str] = set()
+        self._asked_until_ns = 0
+        """Retry-After of any report counts for all: a plane that is short of time is not asked by the next one."""
         self._failures = 0
 
     def changed(self) -> None:
@@ -134,6 +136,8 @@ class Reporter:
         if free <= 0:
             return None
         now_ns, look = self._clock.boottime_ns(), limits.REPORTS_IN_FLIGHT_MAX
+        if now_ns < self._asked_until_ns:
+            return self._asked_until_ns
         self._settled.clear()
         due, next_due_ns = await self._store.read(lambda db: outbox.due_reports(db, now_ns, look))
         for report in due:
@@ -186,6 +190,9 @@ class Reporter:
                 fate=decision.fate,
                 tries=report.tries + 1,
             )
+        if answer.verdict is Verdict.RETRY and answer.retry_after_s is not None:
+            asked_until_ns = self._clock.boottime_ns() + round(answer.retry_after_s * 1e9)
+            self._asked_until_ns = max(self._asked_until_ns, asked_until_ns)
         if answer.verdict is Verdict.ROUTE_MISSING and report.kind in _OPTIONAL_KINDS:
             self._missing_routes.add(report.kind)
         if decision.stop is not None:

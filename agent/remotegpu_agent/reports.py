@@ -66,6 +66,12 @@ class Reports:
             agent_id=self.agent_id, attempt_id=attempt_id, process_id=started.process.pid, run_no=run_no
         ).body()
 
+    def begun(self, attempt: Attempt, run_no: RunNo) -> JsonObject | None:
+        """POST /tasks/{id}/start for an attempt that goes on after a run without a process, so that it is renewed."""
+        if attempt.origin == "local" or attempt.is_start_accepted:
+            return None
+        return StartReport(agent_id=self.agent_id, attempt_id=attempt.attempt_id, run_no=run_no).body()
+
     def progress(self, attempt: Attempt, percent: float, message: str) -> JsonObject | None:
         """POST /tasks/{id}/progress."""
         if attempt.origin == "local":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Final, Literal, TypeAlias
 
+from remotegpu_agent.contact import Problem
 from remotegpu_agent.control_plane import ControlPlane
 from remotegpu_queue.admission import STORAGE_KINDS, Block, BlockKind
 from remotegpu_schemas import limits
@@ -79,6 +80,11 @@ class Standing:
         if self.drain_sentence() is not None:
             return "draining"
         return "degraded" if self.reasons else "ready"
+
+    @property
+    def contact_problem(self) -> Problem | None:
+        """What is wrong with the contact to the control plane, if anything is known to be."""
+        return self.plane.contact.problem if self.plane is not None else None
 
     def control_plane(self) -> ControlPlaneStatus:
         """How it stands with the control plane."""

@@ -34,9 +34,16 @@ YAML_MAX_NODES = 100_000
 YAML_MAX_ALIASES = 64
 CONFIG_MAX_BYTES = MIB
 
-# Control plane: a claim answer holds at most CLAIM_MAX_TASKS tasks, each with a script and an environment.
+# Control plane: a claim answer holds at most CLAIM_MAX_TASKS tasks, each with a script and an environment. The largest
+# other one is a heartbeat's with HEARTBEAT_CANCELLED_MAX pairs of ids; some thirty may be read at once. Both bounds
+# hold for an answer as it comes and as it is once decompressed.
 CLAIM_MAX_TASKS = 64
-WIRE_ANSWER_MAX_BYTES = 32 * MIB
+WIRE_CLAIM_ANSWER_MAX_BYTES = 32 * MIB
+WIRE_ANSWER_MAX_BYTES = 4 * MIB
+WIRE_ANSWER_MAX_VALUES = 2_500_000
+"""Commas and opening brackets of an answer, those in texts too. CLAIM_MAX_TASKS tasks with all arguments and variables
+that they may have are 400,000, and 32 MiB of scripts may be such a sign in every fifteenth place. More would be read
+for seconds: 32 MiB of empty lists, 22 million, cost 740 MiB and eight seconds (measured on 2 busy cores)."""
 WIRE_MESSAGE_MAX_CHARS = 2000
 PROGRESS_MESSAGE_MAX_CHARS = 500
 INLINE_OUTPUT_MAX_BYTES = 64 * KIB

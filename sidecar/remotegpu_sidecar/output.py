@@ -129,7 +129,7 @@ class OutputWriter:
     def _open_segment(self, stream: _Stream) -> bool:
         if time.monotonic() < self._retry_at_s:
             return False
-        self._make_room()
+        self._make_room(stream)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             stream.fd = os.open(segment_name(stream.name, stream.end), flags, 0o600, dir_fd=self._dir_fd)
@@ -147,9 +147,10 @@ class OutputWriter:
         if stream.sizes[-1] == 0:
             self._remove(stream, len(stream.starts) - 1)
 
-    def _make_room(self) -> None:
+    def _make_room(self, beginner: _Stream) -> None:
+        """For one more segment of `beginner`, which gives way where both have as many: it is about to have more."""
         while sum(len(stream.starts) for stream in self._streams) >= self._segments_max:
-            loudest = max(self._streams, key=lambda stream: len(stream.starts))
+            loudest = max(self._streams, key=lambda stream: (len(stream.starts), stream is beginner))
             self.dropped_bytes += loudest.sizes[1]
             self._remove(loudest, 1)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from control_plane.faults import DropAfter, DropBefore, Hold, Respond
 from remotegpu_agent.claims import Claimer, ClaimSettings
@@ -296,6 +297,30 @@ async def test_f17_a_bad_token_is_tried_slowly(tmp_path: Path) -> None:
     async with claiming(tmp_path, *[Respond(401)] * 20) as claiming_:
         await claiming_.calls(1)
         await claiming_.stays_at(1, 0.3)
+
+
+async def test_f18_a_claim_waits_for_its_retry_after(tmp_path: Path) -> None:
+    """F18: also when capacity becomes free meanwhile; then the same claim is made again."""
+    async with claiming(tmp_path, Respond(429, b"", {"Retry-After": "1"})) as claiming_:
+        await claiming_.calls(1)
+        claiming_.claimer.changed()
+        await claiming_.stays_at(1, 0.8)
+        await claiming_.calls(2)
+
+
+@pytest.mark.parametrize("data", ['{"tasks": {"id": "t"}}', '{"tasks": "t"}', '[{"id": "t"}]', '"t"'])
+async def test_f19_a_claim_of_a_wrong_type_is_logged_and_the_next_one_works(tmp_path: Path, data: str) -> None:
+    """F19: it holds no task that could be run, nothing fails, and the log says so."""
+    odd = Respond(200, b'{"code": 0, "data": ' + data.encode() + b"}", {"Content-Type": "application/json"})
+    with capture_logs() as logs:
+        async with claiming(tmp_path, odd) as claiming_:
+            await claiming_.calls(2)
+            [task_id] = await claiming_.contact.operator.submit()
+            await claiming_.claimed.wait()
+            assert (await claiming_.attempt_of(task_id)).state == "assigned"
+            events = [line["event"] for line in logs if line["log_level"] in {"warning", "error"}]
+    no_tasks, no_object = "a claimed task cannot be used", "the data of an answer is no object and counts as not given"
+    assert events == [no_tasks if "tasks" in data else no_object]
 
 
 async def test_what_was_claimed_is_found_again(tmp_path: Path) -> None:

@@ -185,6 +185,15 @@ def test_socket_below_a_file(tmp_path: Path) -> None:
     assert "name a path in a directory that the agent may write to, or null" in problem
 
 
+def test_cpus_that_this_host_lacks(tmp_path: Path) -> None:
+    """The first CPU that is not there is named, beside those that are; the host's own list is no problem."""
+    online = Path("/sys/devices/system/cpu/online").read_text().strip()
+    assert check_files(config_of(tmp_path, tasks={"allowed_cpus": online}), {}) == []
+    assert problem_of(config_of(tmp_path, tasks={"allowed_cpus": "0,8000-8191"})) == (
+        f"tasks.allowed_cpus: this host has no CPU 8000; it has {online}"
+    )
+
+
 def test_missing_user(tmp_path: Path) -> None:
     """A user that this host does not have is named."""
     assert problem_of(config_of(tmp_path, tasks={"run_as": "no-such-user"})) == (

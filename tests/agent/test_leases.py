@@ -213,6 +213,19 @@ async def test_f18_retry_after_puts_a_renewal_off(kept: Keeping) -> None:
     await kept.stays_at(1)
 
 
+async def test_f18_contact_that_is_back_does_not_break_a_retry_after(kept: Keeping) -> None:
+    """F18: what makes a renewal due at once waits for the time that the plane has asked for, and then it comes."""
+    kept.contact.plane.faults.order("renew", Respond(503, b"", {"Retry-After": "60"}))
+    await kept.hold(renew_interval_s=0.02)
+    await kept.renewed(1)
+    await asyncio.sleep(0)
+    kept.keeper.renew_all_now()
+    await kept.stays_at(1)
+    kept.clock.move(61)
+    kept.keeper.renew_all_now()
+    await kept.extended.wait()
+
+
 @pytest.mark.parametrize(
     ("code", "cause"),
     [

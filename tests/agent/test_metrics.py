@@ -7,6 +7,7 @@ import re
 from prometheus_client.parser import text_string_to_metric_families
 
 from remotegpu_agent import metrics
+from remotegpu_agent.contact import Problem
 from remotegpu_queue.admission import BlockKind
 from remotegpu_queue.breaker import Phase
 
@@ -18,7 +19,8 @@ SNAPSHOT = metrics.Snapshot(
     slots_used=3,
     blocks=frozenset({BlockKind.DISK_FULL}),
     breaker=Phase.OPEN,
-    is_connected=True,
+    is_connected=False,
+    contact_problem=Problem.TOKEN_REFUSED,
     reports_waiting=7,
     dead_letters=1,
     loop_failures={"claims": 2},
@@ -41,6 +43,8 @@ def test_every_figure_is_there_once_with_its_value() -> None:
     blocked = {key[1]: value for key, value in samples.items() if key[0] == "remotegpu_claims_blocked"}
     assert blocked == {str(kind): int(kind is BlockKind.DISK_FULL) for kind in BlockKind}
     assert samples["remotegpu_breaker_phase", "open"] == 1
+    problems = {key[1]: value for key, value in samples.items() if key[0] == "remotegpu_control_plane_problem"}
+    assert problems == {str(problem): int(problem is Problem.TOKEN_REFUSED) for problem in Problem}
     assert samples["remotegpu_part_failures_total", "claims"] == 2
     assert samples[("remotegpu_disk_free_bytes",)] == 1 << 30
     assert ("remotegpu_inodes_free",) not in samples

@@ -119,6 +119,16 @@ async def test_it_registers_until_it_works(tmp_path: Path, pauses: list[float]) 
         assert len(watched.registered.calls) == 1
 
 
+async def test_f18_a_heartbeat_waits_for_its_retry_after(tmp_path: Path, pauses: list[float]) -> None:
+    """F18: a heartbeat that was put off waits for so long, also when something would have it sent at once."""
+    busy = Respond(429, b"", {"Retry-After": "40"})
+    async with running(tmp_path, ("heartbeat", busy), interval_s=DEADLINE_S * 2) as watched:
+        await watched.calls("heartbeat", 1)
+        watched.presence.beat_now()
+        await watched.answers.wait(1)
+        assert pauses == [40.0]
+
+
 async def test_the_plane_learns_who_and_how(tmp_path: Path) -> None:
     """The registration and the latest heartbeat are what the plane keeps, figures as integers where it needs them."""
     async with running(tmp_path) as watched:

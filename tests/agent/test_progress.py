@@ -162,6 +162,24 @@ def _report_to(told: Told) -> Callable[[AttemptId, float, str], Awaitable[None]]
     return report
 
 
+async def test_a_directory_that_was_remade_is_looked_at(
+    loops: Loops, watcher: DirectoryWatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task may remove the directory that is watched and make it anew: what it writes there is seen, if later."""
+    monkeypatch.setattr(module, "_WATCHED_LOOK_S", 0.01)
+    told, directory = Told(), tmp_path / "messages"
+    directory.mkdir()
+    follower = ProgressFollower(loops, watcher, _report_to(told))
+    follower.follow(A, directory / "progress", None)
+    (directory / "progress").write_text("10 a\n")
+    assert await told.wait(1) == [(A, 10.0, "a")]
+    (directory / "progress").unlink()
+    directory.rmdir()
+    directory.mkdir()
+    (directory / "progress").write_text("20 b\n")
+    assert await told.wait(2) == [(A, 10.0, "a"), (A, 20.0, "b")]
+
+
 async def test_a_directory_that_cannot_be_watched_is_looked_at(
     loops: Loops, watcher: DirectoryWatcher, tmp_path: Path
 ) -> None:

@@ -33,16 +33,15 @@ class AgentProcess:
         self.socket = directory / "agent.sock"
         self.log = directory / "agent.log"
         self.config = directory / "agent.yaml"
-        sections: dict[str, Any] = {
+        self.environ: dict[str, str] = {}
+        """What the next process has in its environment beside the usual."""
+        self._sections: dict[str, Any] = {
             "agent": {"state_dir": str(self.state_dir)},
             "api": {"listen": None, "socket": str(self.socket)},
         }
-        for section, values in settings.items():
-            sections[section] = {**sections.get(section, {}), **values}
-        self.config.write_text(json.dumps(sections))
+        self.configure(settings)
         self.launched_by: list[str] = []
         """What the program is started through: a command that becomes the one that follows it."""
-        self.environment: dict[str, str] = {}
         self._process: asyncio.subprocess.Process | None = None
         self._session: aiohttp.ClientSession | None = None
 
@@ -56,6 +55,12 @@ class AgentProcess:
         await self.stop()
         if self._session is not None:
             await self._session.close()
+
+    def configure(self, settings: Mapping[str, Any]) -> None:
+        """Lay these sections over the config; the next process reads it."""
+        for section, values in settings.items():
+            self._sections[section] = {**self._sections.get(section, {}), **values}
+        self.config.write_text(json.dumps(self._sections))
 
     @property
     def pid(self) -> int:
@@ -96,7 +101,7 @@ class AgentProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=_environment() | self.environment,
+                env=_environment() | self.environ,
             )
         if until_ready:
             await self.wait_ready()
@@ -136,12 +141,16 @@ class AgentProcess:
 
     # --- its API, over the Unix socket ---
 
-    async def call(self, method: str, path: str, **arguments: Any) -> tuple[int, dict[str, Any]]:
-        """HTTP status and body."""
+    def session(self) -> aiohttp.ClientSession:
+        """A session over the socket, for calls that give no envelope."""
         if self._session is None:
             connector = aiohttp.UnixConnector(str(self.socket), force_close=True)
             self._session = aiohttp.ClientSession(connector=connector)
-        async with self._session.request(method, f"http://localhost/api/v1{path}", **arguments) as answer:
+        return self._session
+
+    async def call(self, method: str, path: str, **arguments: Any) -> tuple[int, dict[str, Any]]:
+        """HTTP status and body."""
+        async with self.session().request(method, f"http://localhost/api/v1{path}", **arguments) as answer:
             return answer.status, await answer.json()
 
     async def get(self, path: str) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from remotegpu_sidecar.output import SEGMENTS_DEFAULT, OutputWriter, read_output, segment_name
@@ -156,6 +156,8 @@ def test_pipe_is_moved_through(writer: OutputWriter, tmp_path: Path) -> None:
     st.lists(st.tuples(st.integers(0, 1), st.integers(1, 20_000)), min_size=1, max_size=30),
     st.booleans(),
 )
+@example(1, [(0, 16387), (1, 12769), (1, 20000)], False)  # as many segments each: the other's newest is not taken
+@example(8, [(0, 29121), (1, 12761), (1, 20000)], False)
 def test_first_and_newest_are_kept_whatever_is_to_be_retained(
     retain: int, writes: list[tuple[int, int]], can_splice: bool
 ) -> None:

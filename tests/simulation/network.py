@@ -173,7 +173,7 @@ class SimulatedControlPlane(ControlPlane):
         self._network = network
         self._process = process
 
-    async def _try(self, path: str, body: JsonObject, timeout_s: float) -> Reply:
+    async def _try(self, path: str, body: JsonObject, timeout_s: float, answer_max_bytes: int) -> Reply:
         sent_ns = self._clock.boottime_ns()
         try:
             async with asyncio.timeout(timeout_s):

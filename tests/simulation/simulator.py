@@ -239,8 +239,6 @@ class Simulation:
                 "retry_delay": random.choice((0, 3)),
                 "grace_period_sec": random.choice((1, 5)),
             }
-            if any(script.is_missing for script in self._scripts[task_id]):
-                spec["retry_delay"] = 0  # what has never started is not renewed: its retries have to fit into the lease
             if random.random() < 0.3:
                 spec["resources"] = {"cpus": random.choice((0.5, 1))}
             if random.random() < 0.3 and not self.plane.is_deployed:

@@ -31,7 +31,14 @@ CONFIG = {
     "agent": {"state_dir": str(STATE)},
     "api": {"listen": None, "socket": SOCKET},
     "capacity": {"max_concurrent": 16, "cpus": 16, "memory_gb": 16},
-    "tasks": {"placement": "systemd", "grace_period": "5s"},
+    "tasks": {
+        "placement": "systemd",
+        "grace_period": "5s",
+        "cpu_weight": 200,
+        "io_weight": 300,
+        "allowed_cpus": "0",
+        "processes_max": 5000,
+    },
 }
 UNIT = f"""
 [Service]
@@ -159,12 +166,16 @@ def check_tasks_have_scopes() -> None:
         "memory.max": str(256 << 20),
         "memory.swap.max": "0",
         "cpu.max": "150000 100000",
-        "pids.max": "16384",
+        "pids.max": "5000",
+        "cpu.weight": "200",
+        "io.weight": "default 300",
+        "cpuset.cpus": "0",
     }
     for name, value in wanted.items():
         assert Path(f"/sys/fs/cgroup{scope}/task/{name}").read_text().strip() == value, name
-        if name != "pids.max":
-            assert Path(f"/sys/fs/cgroup{scope}/shim/{name}").read_text().strip().split()[0] == "max", name
+    for name in ("memory.max", "cpu.max"):
+        assert Path(f"/sys/fs/cgroup{scope}/shim/{name}").read_text().strip().split()[0] == "max", name
+    assert os.sched_getaffinity(pid) == {0}
     call("POST", f"/tasks/{task['id']}/cancel")
     assert ended(task["id"])["cause"] == "cancelled"
     until(lambda: not Path(f"/sys/fs/cgroup{scope}").exists(), "the scope to go")

@@ -26,12 +26,14 @@ from remotegpu_agent.cli.exits import Stop, Unreachable
 
 if TYPE_CHECKING:
     from remotegpu_agent.config import Config
+    from remotegpu_agent.proxies import Proxy
 
 _CLOCK_BOOTTIME: Final = 7
 _PR_GET_CHILD_SUBREAPER: Final = 37
 _CONNECT_TIMEOUT_S: Final = 5.0
 _FREE_DISK_MIN_BYTES: Final = 1 << 30
 _FREE_SHARE_MIN: Final = 0.05
+_PROXY_MEND: Final = "check HTTPS_PROXY, HTTP_PROXY and NO_PROXY in the environment"
 _PLACEMENTS: Final = {
     "systemd": "a transient scope per run",
     "cgroup": "a control group per run",
@@ -260,56 +262,71 @@ def _control_plane(config: Config, options: Globals) -> Iterator[Check]:
     if url is None:
         yield Check(subject, Level.OK, "none is set: a stand-alone agent for local tasks")
         return
+    from remotegpu_agent.proxies import proxy_for
+    from remotegpu_schemas.errors import Misconfigured
+
     parts = urllib.parse.urlsplit(url)
-    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        proxy = proxy_for(url, options.environ)
+    except Misconfigured:
+        return  # reported with the config already
+    if proxy is not None:
+        yield Check(subject, Level.OK, f"{url} is reached by way of the proxy {proxy.name}")
+    near = urllib.parse.urlsplit(url if proxy is None else proxy.url)
+    whose, mend = ("", "check control_plane.url and the DNS") if proxy is None else ("the proxy ", _PROXY_MEND)
+    host, port = near.hostname or "", near.port or (443 if near.scheme == "https" else 80)
     try:
         addresses = sorted({str(item[4][0]) for item in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
     except (OSError, UnicodeError) as error:  # UnicodeError: a host name that cannot be one
         reason = getattr(error, "strerror", None) or error
-        yield Check(subject, Level.PROBLEM, f"{host} has no address: {reason}", "check control_plane.url and the DNS")
+        yield Check(subject, Level.PROBLEM, f"{whose}{host} has no address: {reason}", mend)
         return
     try:
         socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        text = f"{host} ({', '.join(addresses)}) takes no connection on port {port}: {error.strerror or error}"
+        text = f"{whose}{host} ({', '.join(addresses)}) takes no connection on port {port}: {error.strerror or error}"
         yield Check(subject, Level.PROBLEM, text, "is it running, and does a firewall stand between?")
         return
-    if parts.scheme == "http" and not _is_loopback(addresses):
+    if parts.scheme == "http" and (proxy is not None or not _is_loopback(addresses)):
         text = f"{url} is not encrypted: the token can be read on the way"
         yield Check(subject, Level.WARNING, text, "use https if the plane has it")
-    yield from _http_check(config, options, parts, port)
+    if parts.scheme == near.scheme == "https" and proxy is not None:
+        text = "not tried: doctor has no TLS inside of a TLS proxy, which the agent has"
+        yield Check(subject, Level.WARNING, text, "`remotegpu-agent status` says whether it is connected")
+        return
+    yield from _http_check(config, options, parts, proxy)
 
 
 def _is_loopback(addresses: list[str]) -> bool:
     return all(address.startswith("127.") or address == "::1" for address in addresses)
 
 
-def _http_check(config: Config, options: Globals, parts: urllib.parse.SplitResult, port: int) -> Iterator[Check]:
+def _http_check(
+    config: Config, options: Globals, parts: urllib.parse.SplitResult, proxy: Proxy | None
+) -> Iterator[Check]:
     from remotegpu_agent.config import read_control_plane_token
+    from remotegpu_agent.tls import tls_sentence
 
     subject, plane = "control plane", config.control_plane
     try:
         token = read_control_plane_token(config, options.environ)
-        connection = _open(config, parts, port)
+        connection, place, extra = _open(config, parts, proxy)
         body = {"agent_id": config.agent.id or "remotegpu-doctor", "attempt_id": "remotegpu-doctor", "extend_sec": 1}
         headers = {"Content-Type": "application/json", "X-Agent-Token": token, "Authorization": f"Bearer {token}"}
-        path = parts.path.rstrip("/") + "/api/v1/agent/tasks/remotegpu-doctor/lease/renew"
+        path = place + parts.path.rstrip("/") + "/api/v1/agent/tasks/remotegpu-doctor/lease/renew"
         with contextlib.closing(connection):
-            connection.request("POST", path, body=json.dumps(body), headers=headers)
+            connection.request("POST", path, body=json.dumps(body), headers={**headers, **extra})
             response = connection.getresponse()
             answer = response.read(1 << 20)
+    except ssl.SSLError as error:
+        yield Check(subject, Level.PROBLEM, tls_sentence(error, parts.hostname or ""))
+        return
     except ValueError:
         return  # no usable token; reported with the config already
-    except ssl.SSLError as error:
-        text = f"TLS with {plane.url} fails: {getattr(error, 'verify_message', '') or error.reason or error}"
-        yield Check(subject, Level.PROBLEM, text, "check control_plane.ca_file and the clock of this host")
-        return
     except (OSError, http.client.HTTPException) as error:
-        yield Check(
-            subject,
-            Level.PROBLEM,
-            f"{plane.url} does not speak HTTP as it should: {str(error) or type(error).__name__}",
-        )
+        whose = "" if proxy is None else f", by way of the proxy {proxy.name},"
+        reason = str(error) or type(error).__name__
+        yield Check(subject, Level.PROBLEM, f"{plane.url}{whose} does not speak HTTP as it should: {reason}")
         return
     code = _envelope_code(answer)
     if response.status in {401, 403} or code in {401, 403}:
@@ -324,14 +341,28 @@ def _http_check(config: Config, options: Globals, parts: urllib.parse.SplitResul
         yield Check(subject, Level.OK, f"{plane.url} answers and takes the token")
 
 
-def _open(config: Config, parts: urllib.parse.SplitResult, port: int) -> http.client.HTTPConnection:
-    plane, host = config.control_plane, parts.hostname or ""
-    if parts.scheme == "http":
-        return http.client.HTTPConnection(host, port, timeout=_CONNECT_TIMEOUT_S)
-    context = ssl.create_default_context(cafile=str(plane.ca_file) if plane.ca_file else None)
-    if plane.client_cert_file is not None:
-        context.load_cert_chain(plane.client_cert_file, plane.client_key_file)
-    return http.client.HTTPSConnection(host, port, timeout=_CONNECT_TIMEOUT_S, context=context)
+def _open(
+    config: Config, parts: urllib.parse.SplitResult, proxy: Proxy | None
+) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
+    """A connection, what a request's path begins with there, and headers for the proxy that every request needs."""
+    from remotegpu_agent.tls import TlsFiles
+
+    plane, is_tls = config.control_plane, parts.scheme == "https"
+    files = TlsFiles(plane.ca_file, plane.client_cert_file, plane.client_key_file)
+    context = files.load() if is_tls or (proxy is not None and proxy.url.startswith("https:")) else None
+    near = parts if proxy is None else urllib.parse.urlsplit(proxy.url)
+    # With a tunnel http.client speaks TLS within it, and none with the proxy itself.
+    connection = (
+        http.client.HTTPConnection(near.hostname or "", near.port, timeout=_CONNECT_TIMEOUT_S)
+        if context is None
+        else http.client.HTTPSConnection(near.hostname or "", near.port, timeout=_CONNECT_TIMEOUT_S, context=context)
+    )
+    if proxy is None:
+        return connection, "", {}
+    if is_tls:
+        connection.set_tunnel(parts.hostname or "", parts.port, headers=proxy.authorization)
+        return connection, "", {}
+    return connection, f"http://{parts.netloc}", proxy.authorization
 
 
 def _envelope_code(body: bytes) -> int | None:

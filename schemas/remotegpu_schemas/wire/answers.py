@@ -42,7 +42,11 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, freed from its dialect. `data` is empty unless the verdict is OK."""
+    """One answer, freed from its dialect. `data` is empty unless the verdict is OK.
+
+    `has_odd_data`: accepted, but with something in the place of `data` that is no object. What the call needs of it
+    counts as not given.
+    """
 
     verdict: Verdict
     message: str
@@ -51,6 +55,7 @@ class Answer:
     code: int | None = None
     retry_after_s: float | None = None
     date: datetime | None = None
+    has_odd_data: bool = False
 
 
 _BY_CODE: Final = {
@@ -78,7 +83,9 @@ def parse_answer(status: int, headers: Mapping[str, str], body: bytes) -> Answer
     code, message = envelope["code"], _message_of(envelope)
     if code == 0 and 200 <= status < 300:
         data = envelope.get("data")
-        return Answer(Verdict.OK, message, data if isinstance(data, dict) else {}, status, 0, retry_after_s, date)
+        is_odd = bool(data) and not isinstance(data, dict)
+        data = data if isinstance(data, dict) else {}
+        return Answer(Verdict.OK, message, data, status, 0, retry_after_s, date, is_odd)
     if code in _BY_CODE:
         verdict = _BY_CODE[Code(code)]
     elif 400 <= code <= 599:

@@ -73,7 +73,7 @@ def parse_claims(data: Mapping[str, Any]) -> list[ClaimItem]:
     """
     items = data.get("tasks")
     if not isinstance(items, list):
-        return []
+        return [UnusableClaim(f"the tasks of a claim answer are {shown(items)}, not a list")] if items else []
     claims = [_parse_claim(item) for item in items[: limits.CLAIM_MAX_TASKS]]
     unread = len(items) - len(claims)
     if unread > 0:

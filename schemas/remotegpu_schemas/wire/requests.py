@@ -100,11 +100,11 @@ class ClaimRequest(Request):
 
 
 class StartReport(Request):
-    """POST /tasks/{id}/start."""
+    """POST /tasks/{id}/start. No `process_id`: under way, though its process could not be started yet."""
 
     agent_id: str
     attempt_id: str
-    process_id: int
+    process_id: int | None = None
     gpu_uuids: list[str] = []
     run_no: int
 

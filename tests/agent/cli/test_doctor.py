@@ -5,13 +5,16 @@ from __future__ import annotations
 import http.server
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
+from tests import middle
 from tests.agent.cli.program import Cli, run
 from tests.agent.cli.scripted_agent import DEADLINE_S, LiveAgent
 
@@ -44,6 +47,10 @@ class Plane:
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def secure(self, context: ssl.SSLContext) -> None:
+        """From now on by TLS."""
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
 
     def start(self) -> None:
         """Serve."""
@@ -223,6 +230,37 @@ def test_host_without_address(cli: Cli, enrolled: Path, plane: Plane, host: str)
     """A name without an address is a problem of the name."""
     enrolled.write_text(enrolled.read_text().replace(plane.url, f"http://{host}"))
     assert f"{host} has no address" in checks(cli, enrolled, code=1)["control plane"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_known", "text"),
+    [
+        ("127.0.0.1", True, "answers and takes the token"),
+        ("127.0.0.1", False, "the certificate of 127.0.0.1 is from a CA that is not trusted here"),
+        ("other.test", True, "the certificate of 127.0.0.1 is for another host name"),
+    ],
+)
+def test_tls(cli: Cli, enrolled: Path, plane: Plane, tmp_path: Path, name: str, is_known: bool, text: str) -> None:
+    """A certificate that is not accepted is a problem in words; one of the CA in `ca_file` is fine."""
+    ca, other = trustme.CA(), trustme.CA()
+    plane.secure(middle.serving(ca.issue_cert(name)))
+    file = middle.write_ca(ca if is_known else other, tmp_path / "ca.pem")
+    mended = enrolled.read_text().replace("http://", "https://").replace("token_file:", f"ca_file: {file}, token_file:")
+    enrolled.write_text(mended)
+    is_fine = is_known and name == "127.0.0.1"
+    found = checks(cli, enrolled, 0 if is_fine else 1)["control plane"]
+    assert (found["level"] == "ok") == is_fine
+    assert text in found["text"]
+
+
+def test_a_proxy_that_cannot_be_used(cli: Cli, enrolled: Path, plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable is named, never its value; loopback is reached without a proxy, so another plane is named."""
+    enrolled.write_text(enrolled.read_text().replace(plane.url, "http://plane.test"))
+    monkeypatch.setenv("HTTP_PROXY", "socks5://u:s3cret@127.0.0.1:1")
+    found = cli("doctor", "--json", "--config", enrolled)
+    [check] = [check for check in found.json()["checks"] if "HTTP_PROXY" in check["text"]]
+    assert (check["subject"], check["level"]) == ("control_plane.url", "problem")
+    assert "s3cret" not in found.out
 
 
 def test_no_token(cli: Cli, enrolled: Path) -> None:
