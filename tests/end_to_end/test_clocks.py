@@ -105,7 +105,7 @@ async def test_f20_nothing_had_its_turn_until_it_was_over(tmp_path: Path, what: 
                 os.kill(pid, signal.SIGCONT)
         path = next((both.host.state_dir / "attempts").iterdir()) / "record"
         await until_so(lambda: "ended" in record.read(path)[0])
-        # Who of the two wakes first sees to the lease: its shim by itself, or the agent, which asks the shim for a stop.
+        # Whoever wakes first sees to the lease: the shim by itself, or the agent, which asks the shim for a stop.
         assert record.read(path)[0]["ended"]["ended_by"] in {what, *(["stop"] if what == "lease" else [])}
         detail = await both.host.until_shown(f"/tasks/{task_id}", lambda task: task["runs"][0]["cause"] is not None)
         assert detail["runs"][0]["cause"] == {"lease": "lease_lost", "timeout": "timed_out"}[what]
