@@ -40,6 +40,7 @@ from remotegpu_agent.directory_watch import DirectoryWatcher
 from remotegpu_agent.dispatch import Dispatcher
 from remotegpu_agent.draining import Drain
 from remotegpu_agent.executor import Active, Executor
+from remotegpu_agent.host_sleep import SleepWatch
 from remotegpu_agent.host_watch import HostWatch, read_host
 from remotegpu_agent.leases import LeaseKeeper, LeaseSettings
 from remotegpu_agent.names import Names, name_agent
@@ -233,6 +234,7 @@ class Agent:
         await agent._open_plane(environ, stack)
         stack.push_async_callback(loops.close)
         loops.run_forever("watch", agent._watcher.run)
+        loops.run_forever("sleep", SleepWatch(outside.clock, agent._on_woken).run)
         await agent._take_over()
         await agent._api.start()
         stack.push_async_callback(agent._api.stop)
@@ -538,6 +540,12 @@ class Agent:
     def _on_report(self) -> None:
         if self._reporter is not None:
             self._reporter.changed()
+
+    def _on_woken(self) -> None:
+        """The host was suspended: whoever waits for a time has waited longer than it knows."""
+        self._leases.renew_all_now()
+        self._on_free()
+        self._on_report()
 
     def _on_reconnect(self) -> None:
         self._leases.renew_all_now()

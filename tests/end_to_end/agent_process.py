@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import aiohttp
+import psutil
 
 from tests.waiting import DEADLINE_S, until
 
@@ -39,6 +40,8 @@ class AgentProcess:
             "api": {"listen": None, "socket": str(self.socket)},
         }
         self.configure(settings)
+        self.launched_by: list[str] = []
+        """What the program is started through: a command that becomes the one that follows it."""
         self._process: asyncio.subprocess.Process | None = None
         self._session: aiohttp.ClientSession | None = None
 
@@ -75,6 +78,16 @@ class AgentProcess:
         """Whether the present process has not ended."""
         return self._process is not None and self._process.returncode is None
 
+    async def spawner(self) -> psutil.Process:
+        """Its spawner, once that has come so far as to have its name."""
+        children = psutil.Process(self.pid).children
+
+        async def look() -> list[psutil.Process]:
+            return [child for child in children() if child.name() == "remotegpu-spawn"]
+
+        [found] = await until(look)
+        return found
+
     def command(self, *arguments: str) -> list[str]:
         """A command line of the program with this agent's config."""
         return [sys.executable, "-m", "remotegpu_agent.cli", "--config", str(self.config), *arguments]
@@ -83,6 +96,7 @@ class AgentProcess:
         """Start a process; return once it is ready."""
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
+                *self.launched_by,
                 *self.command("run"),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,

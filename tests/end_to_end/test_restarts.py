@@ -75,12 +75,60 @@ async def test_f08_a_killed_spawner_is_replaced(tmp_path: Path) -> None:
     async with agent(tmp_path, capacity={"max_concurrent": 2}) as host:
         running = await host.submit(command="sleep 60")
         before = await host.wait_running(running)
-        spawner = next(child for child in psutil.Process(host.pid).children() if child.name() == "remotegpu-spawn")
+        spawner = await host.spawner()
         spawner.kill()
         assert (await host.wait_for(await host.submit(command="true")))["state"] == "completed"
         assert (await host.get(f"/tasks/{running}"))["process_id"] == before["process_id"]
         await host.post(f"/tasks/{running}/cancel")
         await host.wait_for(running)
+
+
+async def test_f08_a_spawner_killed_in_the_middle_of_a_launch(tmp_path: Path) -> None:
+    """F08: a new spawner makes the launch that the old one had not begun, in the same run; the other task is whole."""
+    gate, trace = Gate(tmp_path / "gate"), tmp_path / "trace"
+    async with agent(tmp_path, capacity={"max_concurrent": 2}) as host:
+        running = await host.submit(command=f"echo before; {gate.wait}; echo after; exit 6")
+        await host.wait_running(running)
+        spawner = await host.spawner()
+        spawner.suspend()
+        launched = await host.submit(command=f"echo x >>{trace}")
+        await until_so(lambda: len(list((host.state_dir / "attempts").glob("*.1/record"))) == 2)
+        spawner.kill()
+        detail = await host.wait_for(launched)
+        assert (detail["cause"], len(detail["runs"]), trace.read_text()) == ("succeeded", 1, "x\n")
+        gate.open()
+        detail = await host.wait_for(running)
+        assert (detail["exit_code"], len(detail["runs"])) == (6, 1)
+        assert await host.output(running) == "before\nafter\n"
+
+
+@pytest.mark.parametrize("is_agent_alive", [True, False])
+async def test_f09_what_a_lost_run_held_is_free_once_its_tree_is_gone(tmp_path: Path, is_agent_alive: bool) -> None:
+    """F09: the only slot and all memory go to the next task, and by then nothing of the lost tree is alive."""
+    pids, marker, deaf = tmp_path / "pids", tmp_path / "again", tmp_path / "deaf"
+    deaf.write_text(f"trap '' TERM HUP; echo $$ >>{pids}; while :; do sleep 1; done")
+    lost = f"[ -e {marker} ] && exit 0; touch {marker}; setsid sh {deaf} & (setsid sh {deaf} &) ; . {deaf}"
+    # Who is dead and waits to be buried by init has gone, too.
+    look = f"for pid in $(cat {pids}); do grep -q '^State:.[^ZX]' /proc/$pid/status 2>/dev/null && exit 1; done; exit 0"
+    whole = {"memory_gb": 1}
+    async with agent(tmp_path, capacity={"max_concurrent": 1, "memory_gb": 1}) as host:
+        task_id = await host.submit(command=lost, resources=whole, priority=9)
+        process_id = (await host.wait_running(task_id))["process_id"]
+        await until_so(lambda: pids.exists() and len(pids.read_text().split()) == 3)
+        shim = psutil.Process(process_id).parent()
+        assert shim is not None
+        waiting = await host.submit(command=look, resources=whole, priority=1)
+        if not is_agent_alive:
+            await host.kill()
+        shim.kill()
+        if not is_agent_alive:
+            await until_so(lambda: is_gone(process_id))  # with its shim, without any agent
+            await host.start()
+        assert (await host.wait_for(waiting))["cause"] == "succeeded"
+        detail = await host.wait_for(task_id)
+        assert [run["cause"] for run in detail["runs"]] == ["agent_lost", "succeeded"]
+        capacity = (await host.get("/queue/status"))["capacity"]
+        assert (capacity["slots_used"], capacity["memory_mb_used"]) == (0, 0)
 
 
 @pytest.mark.parametrize("is_agent_alive", [True, False])

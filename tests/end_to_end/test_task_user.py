@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 import aiohttp
+import psutil
 import pytest
 
 from tests.end_to_end.agent_process import AgentProcess, agent
@@ -140,3 +141,75 @@ async def test_who_is_no_user_of_this_host_may_not_submit(open_dir: Path) -> Non
             body = await answer.json()
         assert (answer.status, body["code"]) == (403, 30014)
         assert "submit over the Unix socket" in body["message"]
+
+
+async def test_f52_what_a_run_leaves_for_the_next_is_met_with_the_users_rights(open_dir: Path) -> None:
+    """F52: links, fifos and directories where the agent writes the script and enters: at worst this task fails.
+
+    The first run plants, the second one, of the same task, meets it; a task beside them runs to its end all the while.
+    """
+    secret, closed, gate = open_dir / "secret", open_dir / "closed", Gate(open_dir / "gate")
+    secret.write_text("hunter2\n")
+    secret.chmod(0o600)
+    closed.mkdir(mode=0o700)
+    plants = {
+        f"ln -sf {secret} $s": "succeeded",
+        f"rm $s; ln {open_dir}/own $s": "succeeded",
+        "rm $s; mkfifo $s": "succeeded",
+        "rm $s; ln -s /dev/zero $s": "succeeded",
+        "rm $s; mkdir $s; touch $s/x": "launch_failed",
+        "rm $s; chmod 0 .": "launch_failed",
+        "rm -rf .remotegpu; ln -s / .remotegpu": "succeeded",
+        f"rm -rf artifacts checkpoints; ln -s {closed} artifacts; mkfifo checkpoints": "succeeded",
+    }
+    own = open_dir / "own"
+    own.write_text("kept\n")
+    os.chown(own, 65534, 65534)
+    async with agent(open_dir, tasks={"run_as": "nobody"}, capacity={"max_concurrent": 4}) as host:
+        beside = await host.submit(command=f"{gate.wait}; exit 6")
+        for plant, cause in plants.items():
+            script = f'[ "$REMOTEGPU_RUN_NUMBER" = 2 ] && exit 0; s=.remotegpu-script; {plant}; exit 3'
+            task_id = await host.submit(script=script, retry={"max": 1, "delay": 0})
+            detail = await host.wait_for(task_id)
+            assert [run["cause"] for run in detail["runs"]] == ["exit_code", cause], (plant, detail)
+            assert "hunter2" not in str(detail)
+        gate.open()
+        assert (await host.wait_for(beside))["exit_code"] == 6
+        assert "hunter2" not in host.log.read_text()
+    assert (secret.read_text(), secret.stat().st_uid, secret.stat().st_mode & 0o777) == ("hunter2\n", 0, 0o600)
+    assert (own.read_text(), own.stat().st_uid) == ("kept\n", 65534)
+    assert (closed.stat().st_uid, list(closed.iterdir())) == (0, [])
+
+
+async def test_f52_a_working_directory_is_entered_with_the_users_rights(open_dir: Path) -> None:
+    """F52: a link to a directory that only root may enter, in the place of the working directory: not entered."""
+    closed = open_dir / "closed"
+    closed.mkdir(mode=0o700)
+    (closed / "secret").write_text("hunter2\n")
+    async with agent(open_dir, tasks={"run_as": "nobody"}) as host:
+        task_id = await host.submit(
+            command=f"ln -sfn {closed} w; cat w/secret; exit 3", workdir="w", retry={"max": 1, "delay": 1}
+        )
+        await host.until_shown(f"/tasks/{task_id}", lambda task: task["retries_used"] == 1)
+        work = host.state_dir / "work" / task_id
+        (work / "w").symlink_to(closed)  # as a run of it could
+        detail = await host.wait_for(task_id)
+        assert [run["cause"] for run in detail["runs"]] == ["launch_failed"] * 2
+        assert ["does not exist" in detail["runs"][0]["error"], "may not be entered" in detail["runs"][1]["error"]] == [
+            True,
+            True,
+        ]
+        assert "hunter2" not in host.log.read_text()
+
+
+async def test_f52_a_huge_progress_file_costs_nothing(open_dir: Path) -> None:
+    """F52: a terabyte of nothing with a last line: that line is shown, and the agent reads no more than its tail."""
+    gate = Gate(open_dir / "gate")
+    async with agent(open_dir, tasks={"run_as": "nobody"}) as host:
+        grow = 'truncate -s 1T "$REMOTEGPU_PROGRESS"; printf "\\n70 big\\n" >>"$REMOTEGPU_PROGRESS"'
+        task_id = await host.submit(command=f"{grow}; {gate.wait}")
+        before = psutil.Process(host.pid).memory_info().rss
+        await host.until_shown(f"/tasks/{task_id}", lambda task: task["progress_message"] == "big")
+        assert psutil.Process(host.pid).memory_info().rss - before < 16 << 20
+        gate.open()
+        assert (await host.wait_for(task_id))["progress_percent"] == 70.0

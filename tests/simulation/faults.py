@@ -112,8 +112,13 @@ def _lose_shim(sim: Simulation, fault: Fault) -> None:
         sim.random.choice(shims).die()
 
 
+JUMP_MAX_S: float = 86400.0
+"""A wall clock is wrong by up to a day."""
+
+
 def _jump_clock(sim: Simulation, fault: Fault) -> None:
-    fault.machine.ahead_s += sim.random.uniform(-86400, 86400)
+    fault.machine.ahead_s += sim.random.uniform(-JUMP_MAX_S, JUMP_MAX_S)
+    sim.judge.seen["clocks jumped"] += 1
 
 
 def _attribute(

@@ -11,6 +11,7 @@ from typing import Final
 import pytest
 
 from tests.scale import scaled
+from tests.simulation import faults
 from tests.simulation.simulator import run_schedule
 from tests.simulation.undisturbed import undisturbed
 
@@ -62,6 +63,15 @@ def test_f13_lost_answers() -> None:
     assert seen["claims repeated"]
     assert seen["completes repeated"]
     assert seen["starts repeated"]
+
+
+def test_f20_wall_clocks_jump_by_a_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F20: whether wall clocks jump or not, the same schedules come to the same: no lease, run or result differs."""
+    with_jumps = _run("jump clock")
+    assert with_jumps["clocks jumped"] > _SCHEDULES
+    assert with_jumps["results accepted"] > _SCHEDULES
+    monkeypatch.setattr(faults, "JUMP_MAX_S", 0.0)
+    assert _run("jump clock") == with_jumps
 
 
 def test_f31_everything_at_the_same_moment() -> None:

@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,48 @@ def check_f09_shim_killed() -> None:
     ended(task["id"])
 
 
+def check_f20_wall_clock_jumps() -> None:
+    """F20: the host's clock is set a day ahead, and back: a timeout and a retry's delay take their seconds.
+
+    Agent, shim and systemd have the same clock here.
+    """
+    for days in (1, -1):
+        timed = submit("sleep 1000", timeout="20s", grace_period="1s")
+        delayed = submit("exit $((2 - REMOTEGPU_RUN_NUMBER))", retry={"max": 1, "delay": 15})
+        running(timed)
+        has_failed = partial(lambda task_id: call("GET", f"/tasks/{task_id}")["retries_used"] == 1, delayed)
+        until(has_failed, "the first run to fail")
+        begun = time.monotonic()
+        time.clock_settime(time.CLOCK_REALTIME, time.time() + days * 86400)
+        assert call("GET", f"/tasks/{timed}")["state"] == "running"
+        task = ended(timed)
+        assert task["cause"] == "timed_out", task
+        assert 20 <= task["runs"][0]["usage"]["wall_s"] < 60, task
+        assert ended(delayed)["cause"] == "succeeded"
+        assert 5 < time.monotonic() - begun < 100
+
+
+def check_f27_no_processes() -> None:
+    """F27: EAGAIN: the spawner may fork nothing: `launch_failed` and repeated; the agent lives, others go on."""
+    other, agent = running(submit("sleep 1000")), agent_pid()
+    [unit] = [
+        line.split()[0]
+        for line in sh("systemctl", "list-units", "-q", "--no-legend", "remotegpu-spawner-*").splitlines()
+    ]
+    sh("systemctl", "set-property", "--runtime", unit, "TasksMax=1")
+    task_id = submit("true", retry={"max": 1000, "delay": 1})
+    until(lambda: call("GET", f"/tasks/{task_id}")["retries_used"] >= 2, "launches to fail")
+    sh("systemctl", "set-property", "--runtime", unit, "TasksMax=infinity")
+    task = ended(task_id)
+    causes = [run["cause"] for run in task["runs"]]
+    assert causes == ["launch_failed"] * (len(causes) - 1) + ["succeeded"], task
+    assert "temporarily unavailable" in task["runs"][0]["error"], task
+    assert agent_pid() == agent
+    assert is_alive(other["process_id"])
+    call("POST", f"/tasks/{other['id']}/cancel")
+    ended(other["id"])
+
+
 def check_f28_out_of_memory() -> None:
     """F28: a task beyond its memory ends as out_of_memory; its shim wrote that, the agent and other tasks live."""
     other, agent = running(submit("sleep 1000")), agent_pid()
@@ -249,6 +292,10 @@ def check_f28_out_of_memory() -> None:
     assert by_child["cause"] == "out_of_memory", by_child
     survived = ended(submit(f"{hog} || exit 0", resources={"memory_gb": 0.0625}))
     assert survived["cause"] == "succeeded", survived
+    script = f"[ -e /root/has-met-it ] && exit 0; touch /root/has-met-it; exec {hog}"
+    retried = ended(submit(script, resources={"memory_gb": 0.0625}, retry={"max": 1}))
+    assert [run["cause"] for run in retried["runs"]] == ["out_of_memory", "succeeded"], retried
+    assert retried["retries_used"] == 1, retried
     assert agent_pid() == agent
     assert is_alive(other["process_id"])
     call("POST", f"/tasks/{other['id']}/cancel")
@@ -388,6 +435,8 @@ SETS: dict[str, tuple[Callable[[], None], ...]] = {
         check_f04_f07_task_survives_its_agent,
         check_f08_spawner_killed,
         check_f09_shim_killed,
+        check_f20_wall_clock_jumps,
+        check_f27_no_processes,
         check_f28_out_of_memory,
         check_f30_fork_bomb,
         check_f30_number_of_processes,
