@@ -97,8 +97,8 @@ class Launcher:
                     directory, spec, None, hello, pidfd, deadline_boottime_ns=deadline_boottime_ns, channel=channel
                 )
             try:
-                cgroup = await _put(place or partial(self._placement.place, spec), hello, directory)
-                _say_go(channel, directory, cgroup)
+                run.cgroup = await _put(place or partial(self._placement.place, spec), hello, directory)
+                _say_go(channel, directory, run.cgroup)
             except BaseException:
                 run.close()
                 raise
@@ -171,6 +171,7 @@ class Launcher:
                     pidfd,
                     deadline_boottime_ns=read_deadline(found.directory),
                 )
+                run.cgroup = found.record.cgroup
         return Adopted(found.directory, found.state, found.attempt_id, found.run_no, found.record, run, found.reason)
 
     # --- the launch, step by step ---
