@@ -201,6 +201,8 @@ class Run:
         if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
+                # One that somebody has stopped (a task of the agent's own user, say) obeys only when it is woken.
+                signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
 
     async def _conclude(self) -> RunRecord:
         lines, ended = await self._lines(), None
