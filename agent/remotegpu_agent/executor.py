@@ -232,7 +232,12 @@ class Executor:
             await self._follow(active, found.run)
             return
         state, record = (found.state, found.record) if found is not None else (AdoptedState.NEVER_STARTED, None)
-        if found is not None and (found.left_pids or state is AdoptedState.UNREADABLE):
+        if found is None:
+            # Its directory was never made, or somebody has removed it: then its shim may live, and nobody knows of it.
+            left = await self._launcher.clear(active.attempt_id, active.run_no, active.known_process)
+            if left:
+                raise RuntimeError(f"processes of {active.attempt_id} that SIGKILL has not removed: {left}")
+        elif found.left_pids or state is AdoptedState.UNREADABLE:
             await self._clear(active, found)
         if (
             active.stop_cause is None

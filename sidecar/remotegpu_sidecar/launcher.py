@@ -109,6 +109,19 @@ class Launcher:
         """Whether the host is being shut down, as far as the placement can know."""
         return await self._placement.is_host_stopping()
 
+    async def clear(self, attempt_id: str, run_no: int, main: ProcessIdentity | None) -> list[int]:
+        """Kill what is left of a run that has no directory (any more); `main` if it is known. Safe to repeat.
+
+        Returns the pids that are still there after LOST_KILL_TIMEOUT_S.
+        """
+        key: remains.RunKey = (attempt_id, run_no)
+        group = self._placement.group_of(directory_name(attempt_id, run_no))
+        groups = {key: group} if group is not None else {}
+        left = (await remains.kill({key: main}, LOST_KILL_TIMEOUT_S, groups))[key]
+        if not left:
+            await remains.remove_groups(groups.values())
+        return left
+
     async def adopt(self, settled: Container[str] = ()) -> list[Adopted]:
         """Take stock of the attempt directories, once, before the first launch. Kills what lost shims left behind.
 
