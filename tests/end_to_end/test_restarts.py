@@ -113,7 +113,7 @@ async def test_f09_a_run_whose_directory_was_removed_is_cleared_away(tmp_path: P
     async with agent(tmp_path) as host:
         task_id = await host.submit(command=f"(setsid sh -c 'echo $$ >>{tmp_path}/pids; sleep 1000' &); sleep 1000")
         main = (await host.wait_running(task_id))["process_id"]
-        await until_so(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text())
+        await until_so(lambda: (tmp_path / "pids").exists() and bool((tmp_path / "pids").read_text()))
         daemon = int((tmp_path / "pids").read_text())
         shim = psutil.Process(main).ppid()
         await host.kill()
