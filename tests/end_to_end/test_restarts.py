@@ -129,6 +129,25 @@ async def test_f09_a_run_whose_directory_was_removed_is_cleared_away(tmp_path: P
         await host.wait_for(task_id)
 
 
+async def test_f09_a_run_whose_record_cannot_be_read_can_be_cancelled(tmp_path: Path) -> None:
+    """F09: its shim is lost as well; what is found of it is left alone until somebody asks for its end."""
+    async with agent(tmp_path) as host:
+        task_id = await host.submit(command="(setsid sleep 1000 &); sleep 1000; true")
+        main = (await host.wait_running(task_id))["process_id"]
+        shim = psutil.Process(main).parent()
+        assert shim is not None
+        await until_so(lambda: len(shim.children(recursive=True)) == 3)
+        tree = [each.pid for each in shim.children(recursive=True)]
+        await host.kill()
+        [directory] = (host.state_dir / "attempts").iterdir()
+        (directory / "record").write_bytes(b"damaged\n")
+        shim.kill()
+        await host.start()
+        await host.post(f"/tasks/{task_id}/cancel")
+        assert (await host.wait_for(task_id))["state"] == "cancelled"
+        assert [pid for pid in tree if not is_gone(pid)] == []
+
+
 async def test_f36_a_second_agent_is_refused(tmp_path: Path) -> None:
     """F36: one clear line, exit code 2, and the first one serves on."""
     async with agent(tmp_path) as host:
