@@ -232,7 +232,12 @@ class Executor:
             await self._follow(active, found.run)
             return
         state, record = (found.state, found.record) if found is not None else (AdoptedState.NEVER_STARTED, None)
-        if found is not None and (found.left_pids or state is AdoptedState.UNREADABLE):
+        if found is None:
+            # Its directory was never made, or somebody has removed it: then its shim may live, and nobody knows of it.
+            left = await self._launcher.clear(active.attempt_id, active.run_no, active.known_process)
+            if left:
+                raise RuntimeError(f"processes of {active.attempt_id} that SIGKILL has not removed: {left}")
+        elif found.left_pids or state is AdoptedState.UNREADABLE:
             await self._clear(active, found)
         if (
             active.stop_cause is None
@@ -245,7 +250,10 @@ class Executor:
         await self._finish(active, record, lambda cause: _judged(record, missing, cause))
 
     async def _clear(self, active: Active, found: Adopted) -> None:
-        """See that nothing of a lost run is left. One that lives though its record cannot be read is left alone."""
+        """See that nothing of a lost run is left.
+
+        One that lives though its record cannot be read is left alone until its end is asked for.
+        """
         started = found.record.started if found.record is not None else None
         main = started.process if started is not None else active.known_process
         key = (active.attempt_id, active.run_no)
@@ -253,9 +261,10 @@ class Executor:
         groups: dict[remains.RunKey, str] = {key: cgroup} if cgroup is not None else {}
         if found.state is AdoptedState.UNREADABLE:
             alive = [stat.pid for stat in (await asyncio.to_thread(remains.find, {key: main}))[key]]
-            if alive or (main is not None and identity.is_alive(main)):
+            if not alive and (main is None or not identity.is_alive(main)):
+                return
+            if active.stop_cause is None:
                 raise RuntimeError(f"{found.directory.name} cannot be read ({found.reason}), and {alive} live")
-            return
         log.error("what is left of a run is being killed", directory=str(found.directory), reason=found.reason)
         left = await remains.kill({key: main}, limits.REMAINS_PATIENCE_S, groups)
         if left[key]:

@@ -180,6 +180,8 @@ def prepare_work_dir(task: Task, settings: RunSettings) -> None:
     """Make the task's directory, owned by its user, and write its script. Raises OSError. Safe to repeat.
 
     The parent belongs to the agent, so the task cannot replace the directory itself; what lies inside is the task's.
+    One that belongs to a third user, as whom it ran before, is refused: its owner could put a script of its own in the
+    place of ours.
     """
     directory = work_dir(settings.state_dir, task.task_id)
     try:
@@ -189,6 +191,7 @@ def prepare_work_dir(task: Task, settings: RunSettings) -> None:
         directory.parent.chmod(0o711)  # whatever the umask: the tasks' users have to pass through
         directory.mkdir(mode=0o700, exist_ok=True)
     user = settings.user
+    _check_owner(directory, user)
     # Once the directory is the task's, nothing in it is touched any more; given away last, so that a crash is mended.
     if user is None or directory.stat().st_uid in {os.geteuid(), 0}:
         for name in ("artifacts", "checkpoints", MESSAGES_DIR):
@@ -198,6 +201,15 @@ def prepare_work_dir(task: Task, settings: RunSettings) -> None:
         _give(directory, user)
     if task.script is not None:
         _write_script(directory / SCRIPT_NAME, task.script, settings.user)
+
+
+def _check_owner(directory: Path, user: TaskUser | None) -> None:
+    owner_uid, uid = directory.stat().st_uid, os.geteuid() if user is None else user.uid
+    if owner_uid not in {uid, os.geteuid(), 0}:
+        raise PermissionError(
+            f"{directory} belongs to uid {owner_uid}, as whom the task ran before, and now it is to run as uid {uid}; "
+            "take away the directory, or set tasks.run_as back"
+        )
 
 
 def _write_script(path: Path, text: str, user: TaskUser | None) -> None:

@@ -97,8 +97,8 @@ class Launcher:
                     directory, spec, None, hello, pidfd, deadline_boottime_ns=deadline_boottime_ns, channel=channel
                 )
             try:
-                cgroup = await _put(place or partial(self._placement.place, spec), hello, directory)
-                _say_go(channel, directory, cgroup)
+                run.cgroup = await _put(place or partial(self._placement.place, spec), hello, directory)
+                _say_go(channel, directory, run.cgroup)
             except BaseException:
                 run.close()
                 raise
@@ -108,6 +108,19 @@ class Launcher:
     async def is_host_stopping(self) -> bool:
         """Whether the host is being shut down, as far as the placement can know."""
         return await self._placement.is_host_stopping()
+
+    async def clear(self, attempt_id: str, run_no: int, main: ProcessIdentity | None) -> list[int]:
+        """Kill what is left of a run that has no directory (any more); `main` if it is known. Safe to repeat.
+
+        Returns the pids that are still there after LOST_KILL_TIMEOUT_S.
+        """
+        key: remains.RunKey = (attempt_id, run_no)
+        group = self._placement.group_of(directory_name(attempt_id, run_no))
+        groups = {key: group} if group is not None else {}
+        left = (await remains.kill({key: main}, LOST_KILL_TIMEOUT_S, groups))[key]
+        if not left:
+            await remains.remove_groups(groups.values())
+        return left
 
     async def adopt(self, settled: Container[str] = ()) -> list[Adopted]:
         """Take stock of the attempt directories, once, before the first launch. Kills what lost shims left behind.
@@ -171,6 +184,7 @@ class Launcher:
                     pidfd,
                     deadline_boottime_ns=read_deadline(found.directory),
                 )
+                run.cgroup = found.record.cgroup
         return Adopted(found.directory, found.state, found.attempt_id, found.run_no, found.record, run, found.reason)
 
     # --- the launch, step by step ---

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import zlib
 
 FILE_NAME = "record"
@@ -44,11 +45,15 @@ def append(fd: int, line: bytes) -> None:
 def read(path: str | os.PathLike[str], dir_fd: int | None = None) -> tuple[dict[str, dict[str, object]], list[str]]:
     """The newest valid line of each kind, and what was wrong with the others. Raises OSError.
 
-    A file above MAX_BYTES is not read: it has no valid line, and that is the complaint.
+    A file above MAX_BYTES is not read: it has no valid line, and that is the complaint. Nor is what is no file: a task
+    of the agent's own user may put a pipe there, and whoever waited for that would wait for ever.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=dir_fd)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=dir_fd)
     try:
-        size = os.fstat(fd).st_size
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            return {}, ["the run record is not a regular file"]
+        size = status.st_size
         if size > MAX_BYTES:
             return {}, [f"the run record has {size} bytes, more than {MAX_BYTES}"]
         return parse(os.read(fd, size))  # of a regular file one call gives all of it

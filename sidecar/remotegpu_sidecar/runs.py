@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import math
 import os
@@ -22,22 +23,29 @@ from remotegpu_schemas.attempt import ProcessIdentity, RunEnded, RunRecord, RunS
 from remotegpu_sidecar import identity, record, remains, shim, tree
 
 _DEADLINE_BYTES = 8
+_UNREADABLE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES})
+"""Somebody has removed, replaced or closed the record or its directory: waiting does not bring it back."""
 _LOOK_AGAIN_S: Final = 0.25
 _READ_AGAIN_S: Final = 1.0
 
 
 def read_deadline(directory: Path) -> int | None:
     """The deadline on CLOCK_BOOTTIME in ns that the shim of this run keeps; None without a lease."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        content = (directory / shim.DEADLINE_FILE).read_bytes()
+        fd = os.open(directory / shim.DEADLINE_FILE, flags)
     except FileNotFoundError:
         return None
+    try:
+        content = os.read(fd, _DEADLINE_BYTES + 1)
+    finally:
+        os.close(fd)
     return int.from_bytes(content, "little", signed=True) if len(content) == _DEADLINE_BYTES else None
 
 
 def write_deadline(directory: Path, deadline_boottime_ns: int) -> None:
     """Set the deadline, in one write over the old one: a reader sees either. Raises OSError."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     fd = os.open(directory / shim.DEADLINE_FILE, flags, 0o600)
     try:
         os.pwrite(fd, deadline_boottime_ns.to_bytes(_DEADLINE_BYTES, "little", signed=True), 0)
@@ -66,6 +74,8 @@ class Run:
         self.spec = spec
         self.started = started
         self.shim = shim_identity
+        self.cgroup: str | None = None
+        """The control group that the run was given: what is in there goes with it, whatever becomes of the record."""
         self._pidfd = pidfd
         self._deadline_ns = deadline_boottime_ns
         self._channel = channel
@@ -191,10 +201,12 @@ class Run:
         if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
+                # One that somebody has stopped (a task of the agent's own user, say) obeys only when it is woken.
+                signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
 
     async def _conclude(self) -> RunRecord:
         lines, ended = await self._lines(), None
-        cgroup = record.cgroup_of(lines)
+        cgroup = record.cgroup_of(lines) or self.cgroup
         try:
             if "started" in lines:
                 self.started = RunStarted.model_validate(lines["started"])
@@ -216,9 +228,9 @@ class Run:
             try:
                 # A few kilobytes from the page cache: cheaper here than a thread's hand-over.
                 return record.read(self.directory / record.FILE_NAME)[0]
-            except (FileNotFoundError, NotADirectoryError):
-                return {}
-            except OSError:
+            except OSError as error:
+                if error.errno in _UNREADABLE:
+                    return {}
                 await asyncio.sleep(_READ_AGAIN_S)
 
 

@@ -371,8 +371,11 @@ class Shim:
 
     def _read_deadline(self, missing: int | None) -> int | None:
         """The lease's deadline; `missing` without a file, or while it cannot be read once there was one."""
+        flags = (
+            os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        )  # a pipe that was put there is not waited for
         try:
-            fd = os.open(DEADLINE_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._dir_fd)
+            fd = os.open(DEADLINE_FILE, flags, dir_fd=self._dir_fd)
         except FileNotFoundError:
             return missing
         except OSError:

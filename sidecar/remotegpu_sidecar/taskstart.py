@@ -123,6 +123,7 @@ def _become(user: dict[str, object]) -> None:
         raise CannotStartError(errno.EINVAL, "the run's user is not given by numbers")
     try:
         if os.geteuid() == 0 or (os.getuid(), os.getgid()) != (uid, gid):
+            _hand_over_streams(uid, gid)
             os.setgroups(groups)
             os.setresgid(gid, gid, gid)
             os.setresuid(uid, uid, uid)
@@ -134,6 +135,15 @@ def _become(user: dict[str, object]) -> None:
         raise CannotStartError(number or errno.EINVAL, f"cannot become user {name} (uid {uid}): {mend}") from None
     if (os.getresuid(), os.getresgid()) != ((uid,) * 3, (gid,) * 3):  # what was asked for was "leave it as it is"
         raise CannotStartError(errno.EPERM, f"the rights of user {uid} and group {gid} were not taken on")
+
+
+def _hand_over_streams(uid: int, gid: int) -> None:
+    """Whoever opens /dev/stdout or /dev/stderr is judged as for a file: the pipes are the shim's, and 0600."""
+    for fd in (1, 2):
+        try:
+            os.fchown(fd, uid, gid)
+        except OSError:  # they can be written to all the same
+            return
 
 
 def _enter(directory: str) -> None:

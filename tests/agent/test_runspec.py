@@ -173,6 +173,19 @@ def test_what_a_crash_left_half_done_is_mended(tmp_path: Path) -> None:
 
 
 @needs_root
+@pytest.mark.parametrize("user", [None, TaskUser(name="other", uid=65533, gid=65533)])
+def test_f52_a_directory_of_another_user_is_refused(open_dir: Path, user: TaskUser | None) -> None:
+    """F52: after a change of `run_as`, nothing is written, or run from, where an earlier user could exchange it."""
+    task = make(script="true")
+    prepare_work_dir(task, run_settings(open_dir, user=NOBODY))
+    script = work_dir(open_dir, task.task_id) / SCRIPT_NAME
+    script.write_text("planted")
+    with pytest.raises(PermissionError, match=r"belongs to uid 65534.*take away the directory"):
+        prepare_work_dir(task, run_settings(open_dir, user=user))
+    assert script.read_text() == "planted"
+
+
+@needs_root
 def test_f52_planted_links_are_not_followed(open_dir: Path) -> None:
     """F52: once the directory is the task's, nothing in it is made, changed or given away through a link."""
     task, settings = make(script="true"), run_settings(open_dir, user=NOBODY)

@@ -155,6 +155,47 @@ async def test_f09_a_killed_shim_takes_its_tree_along(tmp_path: Path, is_agent_a
         await until_so(lambda: all(is_gone(each) for each in tree))
 
 
+@pytest.mark.parametrize("is_shim_alive", [True, False])
+async def test_f09_a_run_whose_directory_was_removed_is_cleared_away(tmp_path: Path, *, is_shim_alive: bool) -> None:
+    """F09: while no agent was there. The next one ends its whole tree before the task runs again."""
+    async with agent(tmp_path) as host:
+        task_id = await host.submit(command=f"(setsid sh -c 'echo $$ >>{tmp_path}/pids; sleep 1000' &); sleep 1000")
+        main = (await host.wait_running(task_id))["process_id"]
+        await until_so(lambda: (tmp_path / "pids").exists() and bool((tmp_path / "pids").read_text()))
+        daemon = int((tmp_path / "pids").read_text())
+        shim = psutil.Process(main).ppid()
+        await host.kill()
+        [directory] = (host.state_dir / "attempts").iterdir()
+        directory.rename(tmp_path / "gone")
+        if not is_shim_alive:
+            os.kill(shim, signal.SIGKILL)
+        await host.start()
+        await host.until_shown(f"/tasks/{task_id}", lambda task: task["run_no"] == 2 and task["process_id"] is not None)
+        assert [pid for pid in (main, daemon) if not is_gone(pid)] == []
+        await until_so(lambda: is_gone(shim))
+        await host.post(f"/tasks/{task_id}/cancel")
+        await host.wait_for(task_id)
+
+
+async def test_f09_a_run_whose_record_cannot_be_read_can_be_cancelled(tmp_path: Path) -> None:
+    """F09: its shim is lost as well; what is found of it is left alone until somebody asks for its end."""
+    async with agent(tmp_path) as host:
+        task_id = await host.submit(command="(setsid sleep 1000 &); sleep 1000; true")
+        main = (await host.wait_running(task_id))["process_id"]
+        shim = psutil.Process(main).parent()
+        assert shim is not None
+        await until_so(lambda: len(shim.children(recursive=True)) == 3)
+        tree = [each.pid for each in shim.children(recursive=True)]
+        await host.kill()
+        [directory] = (host.state_dir / "attempts").iterdir()
+        (directory / "record").write_bytes(b"damaged\n")
+        shim.kill()
+        await host.start()
+        await host.post(f"/tasks/{task_id}/cancel")
+        assert (await host.wait_for(task_id))["state"] == "cancelled"
+        assert [pid for pid in tree if not is_gone(pid)] == []
+
+
 async def test_f36_a_second_agent_is_refused(tmp_path: Path) -> None:
     """F36: one clear line, exit code 2, and the first one serves on."""
     async with agent(tmp_path) as host:

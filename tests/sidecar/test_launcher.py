@@ -9,6 +9,7 @@ import resource
 import signal
 import statistics
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -19,6 +20,7 @@ from remotegpu_schemas.attempt import AttemptId, EndedBy, ProcessIdentity
 from remotegpu_sidecar import identity, tree
 from remotegpu_sidecar.launcher import AdoptedState, Launcher, LaunchError
 from tests.sidecar.support import (
+    DEADLINE_S,
     both_placements,
     kill_if_alive,
     launched,
@@ -175,6 +177,24 @@ async def test_f09_shim_killed_while_the_agent_lives(launcher: Launcher, tmp_pat
 
 
 @both_placements
+@pytest.mark.parametrize("plant", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir])
+async def test_f52_a_record_that_is_no_file_any_more_ends_as_a_lost_one(
+    launcher: Launcher, plant: Callable[[Path], None]
+) -> None:
+    """F52: what a task of the agent's own user puts in its record's place is neither waited for nor followed."""
+    run = await launched(launcher, make_spec("sleep", "100"))
+    path = run.directory / "record"
+    path.unlink()
+    plant(path)
+    run.kill()
+    async with asyncio.timeout(DEADLINE_S):
+        record = await run.wait()
+    run.close()
+    assert record.ended is None
+    assert run.started is not None
+    assert not identity.is_alive(run.started.process)
+
+
 async def test_lost_shims_tree_is_told_by_attempt_and_run(launcher: Launcher, tmp_path: Path) -> None:
     """Another run of the same attempt, and the same run number of another attempt, are not touched."""
     bystanders = [

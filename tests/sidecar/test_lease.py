@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
+
+import pytest
 
 from remotegpu_schemas.attempt import EndedBy, RunEnded
 from remotegpu_sidecar import record
@@ -122,6 +125,22 @@ async def test_damaged_deadline_never_prolongs(launcher: Launcher) -> None:
     run.close()
     assert record_.ended is not None
     assert record_.ended.ended_by is EndedBy.LEASE
+
+
+async def test_f52_a_pipe_in_the_deadlines_place_holds_up_nobody(launcher: Launcher, attempts_dir: Path) -> None:
+    """F52: put there by a task of the agent's own user: shim, agent and the next agent go on."""
+    run = await launched(launcher, make_spec("sleep", "100"))
+    os.mkfifo(run.directory / "deadline")
+    with pytest.raises(OSError, match="No such device"):
+        run.extend(boottime_ns() + 3600 * 10**9)
+    os.kill(run.shim.pid, signal.SIGHUP)
+    [adopted] = await Launcher(attempts_dir).adopt()
+    assert adopted.run is not None
+    adopted.run.close()
+    run.kill()
+    record = await run.wait()
+    assert record.ended is not None
+    run.close()
 
 
 async def test_adopted_run_keeps_its_lease_and_takes_renewals(attempts_dir: Path, tmp_path: Path) -> None:

@@ -98,6 +98,13 @@ def test_reading_is_bounded(tmp_path: Path) -> None:
     assert "more than" in complaints[0]
 
 
+def test_f52_a_pipe_in_its_place_is_not_waited_for(tmp_path: Path) -> None:
+    """F52: a task of the agent's own user can put one there; it has no valid line, and that is the complaint."""
+    path = tmp_path / "record"
+    os.mkfifo(path)
+    assert record.read(path) == ({}, ["the run record is not a regular file"])
+
+
 def test_full_disk_is_told(fd: int, tmp_path: Path) -> None:
     """Part of a line is an error, and the whole line can be written later."""
     import resource

@@ -405,6 +405,14 @@ async def test_natural_end_before_the_request_is_an_exit(launcher: Launcher, tmp
     assert (ended.ended_by, ended.exit_code) == (EndedBy.EXIT, 3)
 
 
+async def test_f32_a_stopped_shim_obeys_a_stop(launcher: Launcher) -> None:
+    """Whoever has sent it SIGSTOP, a task of the agent's own user too: a stop wakes it, and the tree goes."""
+    run = await launched(launcher, make_spec("sleep", "1000"))
+    os.kill(run.shim.pid, signal.SIGSTOP)
+    run.stop()
+    assert (await ended_of(run)).ended_by is EndedBy.STOP
+
+
 async def test_repeated_stops_and_late_ones_are_harmless(launcher: Launcher) -> None:
     """Any number of requests, before and after the end, and after the run was closed."""
     run = await launched(launcher, make_spec("sleep", "1000"))

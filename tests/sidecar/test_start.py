@@ -129,6 +129,14 @@ async def test_rights_are_dropped_for_good(launcher: Launcher, attempts_dir: Pat
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+async def test_standard_streams_can_be_opened_by_name(launcher: Launcher) -> None:
+    """Another user's task writes to /dev/stdout and /dev/stderr, as programs do that are given a file's name."""
+    spec = make_spec(*sh("echo one >/dev/stdout; echo two | tee /dev/stderr"), user=NOBODY)
+    ended, stdout, stderr = await run_to_end(launcher, spec)
+    assert (ended.exit_code, stdout, stderr) == (0, b"one\ntwo\n", b"two\n")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 async def test_dropped_rights_do_not_come_back(launcher: Launcher, tmp_path: Path) -> None:
     """setuid(0), setgid(0) and setgroups are refused, and a set-user-ID program of root's gives nothing."""
     tmp_path.chmod(0o755)
