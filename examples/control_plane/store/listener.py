@@ -66,11 +66,12 @@ class Listener:
         self._to_tell: set[Notice] = set()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._driver: Driver | None = None
 
     async def start(self) -> None:
         """Connect and look at the clock; raises what that raises."""
-        driver = await self._open()
-        self._task = asyncio.create_task(self._run(driver), name="control-plane-listener")
+        self._driver = await self._open()
+        self._task = asyncio.create_task(self._run(), name="control-plane-listener")
 
     async def stop(self) -> None:
         """End the task; what is still to be told is lost. Safe to call twice."""
@@ -79,6 +80,7 @@ class Listener:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        self._let_go()  # a task that is cancelled before its first step does nothing at all
 
     def listen(self, hear: Callable[[Notice], None]) -> None:
         """Call `hear` from now on."""
@@ -89,24 +91,27 @@ class Listener:
         self._to_tell.add(notice)
         self._wake.set()
 
-    async def _run(self, driver: Driver | None) -> None:
+    async def _run(self) -> None:
         delay_s = _RETRY_FIRST_S
         while True:
             try:
-                if driver is None:
-                    driver = await self._open()
+                if self._driver is None:
+                    self._driver = await self._open()
                     log.warning("notices of other planes are heard again")
                     self._hear_all()
                 delay_s = _RETRY_FIRST_S
-                await self._serve(driver)
+                await self._serve(self._driver)
             except Exception as error:  # noqa: BLE001  # the driver's errors have no common root
                 log.warning("notices of other planes are not heard: %s: %s", type(error).__name__, error)
             finally:
-                if driver is not None:
-                    driver.terminate()
-            driver = None
+                self._let_go()
             await asyncio.sleep(delay_s * random.uniform(0.5, 1))
             delay_s = min(2 * delay_s, POSTGRES_RETRY_MAX_S)
+
+    def _let_go(self) -> None:
+        driver, self._driver = self._driver, None
+        if driver is not None:
+            driver.terminate()
 
     async def _open(self) -> Driver:
         driver = await self._connect()

@@ -175,13 +175,10 @@ def _ms(seconds: float) -> str:
 async def _connect_alone(url: URL) -> Driver:
     """A connection that belongs to no pool."""
     engine = create_async_engine(url, poolclass=NullPool, connect_args=_connect_args("remotegpu plane, listening"))
-    try:
-        pooled = await engine.raw_connection()
-        driver = cast("Driver", pooled.driver_connection)  # SQLAlchemy cannot say which driver it is
-        pooled.detach()
-        return driver
-    finally:
-        await engine.dispose()
+    pooled = await engine.raw_connection()
+    driver = cast("Driver", pooled.driver_connection)  # SQLAlchemy cannot say which driver it is
+    pooled.detach()  # the engine keeps nothing that would have to be given up
+    return driver
 
 
 def _check_open(connection: Any, _record: object, _proxy: object) -> None:
