@@ -6,7 +6,17 @@ import re
 import typing
 from typing import Annotated, Final
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
@@ -25,6 +35,19 @@ class Form(BaseModel):
         if not isinstance(value, dict) or None not in value.values():
             return value
         return {key: item for key, item in value.items() if item is not None or not cls._drops_null(key)}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """What may be left out may be null as well."""
+        schema = handler(core)
+        own = handler.resolve_ref_schema(schema)
+        for name, about in own.get("properties", {}).items():
+            field = cls.model_fields[name]
+            if "patternProperties" in about:
+                about["additionalProperties"] = False
+            if not field.is_required() and type(None) not in typing.get_args(field.annotation):
+                own["properties"][name] = {"anyOf": [about, {"type": "null"}]}
+        return schema
 
     @classmethod
     def _drops_null(cls, key: object) -> bool:
@@ -52,5 +75,18 @@ def no_nul(value: str) -> str:
     return value
 
 
-Text = Annotated[str, BeforeValidator(scalar_text), AfterValidator(no_nul)]
+NO_NUL_PATTERN: Final = r"^[^\u0000]*$"
+
+
+def scalar_schema(**bounds: object) -> JsonSchemaValue:
+    """The JSON Schema of what `scalar_text` takes; the bounds are those of text."""
+    return {"anyOf": [{"type": "string", **bounds}, {"type": ["number", "boolean"]}]}
+
+
+Text = Annotated[
+    str,
+    BeforeValidator(scalar_text),
+    AfterValidator(no_nul),
+    WithJsonSchema(scalar_schema(pattern=NO_NUL_PATTERN)),
+]
 """Text that may look like a number or a boolean."""

@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, GetJsonSchemaHandler, ValidationError, WithJsonSchema
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from remotegpu_schemas import limits
 from remotegpu_schemas.explain import Wording, explain, sentences
@@ -76,10 +78,19 @@ def _version(value: int) -> int:
 class DocumentForm(Form):
     """One document of a task file."""
 
-    version: Annotated[int, AfterValidator(_version)] = 1
+    version: Annotated[int, AfterValidator(_version), WithJsonSchema({"const": 1})] = 1
     name: Name | None = None
     labels: Labels = Field(default={})
     task: TaskForm | None = None
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The form admits that there is no task, to say more than that it is missing; a file needs one."""
+        schema = super().__get_pydantic_json_schema__(core, handler)
+        own = handler.resolve_ref_schema(schema)
+        own["properties"]["task"] = own["properties"]["task"]["anyOf"][0]
+        own["required"] = ["task"]
+        return schema
 
 
 @dataclass(frozen=True)

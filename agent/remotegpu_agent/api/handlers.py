@@ -10,6 +10,7 @@ from aiohttp import web
 from remotegpu_agent import host
 from remotegpu_agent.api.context import Context, context_of, note
 from remotegpu_agent.api.envelope import bare, success
+from remotegpu_agent.api.openapi import text
 from remotegpu_agent.api.parsing import ListQuery, ShowQuery, parse_body, parse_query, task_id_of
 from remotegpu_agent.api.submission import parse_submission
 from remotegpu_schemas import limits
@@ -36,6 +37,12 @@ async def queue_status(request: web.Request) -> web.Response:
     """GET /queue/status."""
     context = context_of(request)
     return success(await context.operations.queue_status(), context.now())
+
+
+async def openapi(request: web.Request) -> web.Response:
+    """GET /openapi.json: not wrapped. Made once, on a thread: it takes as long as reading a large task file."""
+    routes = tuple(dict.fromkeys(context_of(request).routes.values()))
+    return web.Response(text=await asyncio.to_thread(text, routes), content_type="application/json")
 
 
 async def submit_tasks(request: web.Request) -> web.Response:

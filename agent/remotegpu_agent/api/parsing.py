@@ -8,6 +8,7 @@ from typing import Annotated, Final, Literal, TypeVar
 
 from aiohttp import web
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic.json_schema import SkipJsonSchema
 
 from remotegpu_schemas import limits
 from remotegpu_schemas.api import Message
@@ -36,15 +37,24 @@ def _clamp_wait(value: float) -> float:
     return min(value, limits.API_WAIT_MAX_S)
 
 
+Label = Annotated[str, AfterValidator(_check_label), Field(json_schema_extra={"pattern": "^[^=]+="})]
+Limit = Annotated[int, Field(ge=1, le=limits.API_LIST_MAX, description="Entries on this page, at most.")]
+Offset = Annotated[int, Field(ge=0, le=OFFSET_MAX, description="Entries in front of this page.")]
+
+
 class ListQuery(Message):
     """GET /tasks: `state` and `label` may be repeated; `state` also takes a list with commas."""
 
-    state: Annotated[tuple[TaskState, ...], BeforeValidator(_split)] = ()
-    label: tuple[Annotated[str, AfterValidator(_check_label)], ...] = Field(
-        default=(), max_length=limits.LABELS_MAX_COUNT
+    state: Annotated[tuple[TaskState, ...], BeforeValidator(_split)] = Field(
+        default=(), description="Only tasks in one of these states; may be repeated, or a list with commas."
     )
-    limit: Annotated[int, Field(ge=1, le=limits.API_LIST_MAX)] = limits.API_LIST_DEFAULT
-    offset: Annotated[int, Field(ge=0, le=OFFSET_MAX)] = 0
+    label: tuple[Label, ...] = Field(
+        default=(),
+        max_length=limits.LABELS_MAX_COUNT,
+        description="NAME=VALUE: only tasks with this label; may be repeated, and then all of them must fit.",
+    )
+    limit: Limit = limits.API_LIST_DEFAULT
+    offset: Offset = 0
 
     @property
     def labels(self) -> dict[str, str]:
@@ -55,17 +65,26 @@ class ListQuery(Message):
 class ShowQuery(Message):
     """GET /tasks/{id}: seconds to wait for its end; more than API_WAIT_MAX_S counts as that."""
 
-    wait: Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_clamp_wait)] = 0.0
+    wait: Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_clamp_wait)] = Field(
+        default=0.0,
+        description=f"Seconds to wait for the end; more than {limits.API_WAIT_MAX_S:g} counts as that.",
+    )
 
 
 class LogQuery(Message):
     """GET /tasks/{id}/logs."""
 
-    stream: Literal["stdout", "stderr"] = "stdout"
-    offset: Annotated[int, Field(ge=-OFFSET_MAX, le=OFFSET_MAX)] = 0
-    limit: Annotated[int, Field(ge=1, le=limits.OUTPUT_READ_MAX_BYTES)] = limits.OUTPUT_READ_MAX_BYTES
-    run: Annotated[int, Field(ge=1, le=OFFSET_MAX)] | None = None
-    follow: bool = False
+    stream: Literal["stdout", "stderr"] = Field(default="stdout", description="Which of the two.")
+    offset: Annotated[int, Field(ge=-OFFSET_MAX, le=OFFSET_MAX)] = Field(
+        default=0, description="The first byte; negative: so many before the end."
+    )
+    limit: Annotated[int, Field(ge=1, le=limits.OUTPUT_READ_MAX_BYTES)] = Field(
+        default=limits.OUTPUT_READ_MAX_BYTES, description="Bytes at most. No bound of a stream of events."
+    )
+    run: Annotated[int, Field(ge=1, le=OFFSET_MAX)] | SkipJsonSchema[None] = Field(
+        default=None, description="The number of the run, from 1; without it the last one."
+    )
+    follow: bool = Field(default=False, description="Answer as a stream of events until the output ends.")
 
 
 _LIST_FIELDS: Final = frozenset({"state", "label"})

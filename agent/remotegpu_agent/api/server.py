@@ -17,8 +17,9 @@ from remotegpu_agent.api import middlewares
 from remotegpu_agent.api.auth import Rules
 from remotegpu_agent.api.context import CONTEXT, Context, Followers, Route
 from remotegpu_agent.api.origins import own_names
-from remotegpu_agent.api.routes import BASE_PATH, ROUTES
+from remotegpu_agent.api.routes import ROUTES
 from remotegpu_agent.api.settings import (
+    BASE_PATH,
     REQUEST_LINE_MAX_BYTES,
     STOP_PATIENCE_S,
     ApiSettings,
