@@ -11,14 +11,25 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    GetJsonSchemaHandler,
     WithJsonSchema,
     model_validator,
 )
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic.config import JsonDict
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
+
+def admit_null(schema: JsonDict, model: type[BaseModel]) -> None:
+    """For the JSON Schema of a form: what may be left out may be null as well, and other keys are no keys of a map."""
+    properties = schema.get("properties")
+    if not isinstance(properties, dict):
+        return
+    for name, about in properties.items():
+        field = model.model_fields[name]
+        if isinstance(about, dict) and "patternProperties" in about:
+            about["additionalProperties"] = False
+        if not field.is_required() and type(None) not in typing.get_args(field.annotation):
+            properties[name] = {"anyOf": [about, {"type": "null"}]}
 
 
 class Form(BaseModel):
@@ -27,7 +38,7 @@ class Form(BaseModel):
     Null means "not given" wherever it is no value of its own.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, json_schema_extra=admit_null)
 
     @model_validator(mode="before")
     @classmethod
@@ -35,19 +46,6 @@ class Form(BaseModel):
         if not isinstance(value, dict) or None not in value.values():
             return value
         return {key: item for key, item in value.items() if item is not None or not cls._drops_null(key)}
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """What may be left out may be null as well."""
-        schema = handler(core)
-        own = handler.resolve_ref_schema(schema)
-        for name, about in own.get("properties", {}).items():
-            field = cls.model_fields[name]
-            if "patternProperties" in about:
-                about["additionalProperties"] = False
-            if not field.is_required() and type(None) not in typing.get_args(field.annotation):
-                own["properties"][name] = {"anyOf": [about, {"type": "null"}]}
-        return schema
 
     @classmethod
     def _drops_null(cls, key: object) -> bool:
@@ -78,7 +76,7 @@ def no_nul(value: str) -> str:
 NO_NUL_PATTERN: Final = r"^[^\u0000]*$"
 
 
-def scalar_schema(**bounds: object) -> JsonSchemaValue:
+def scalar_schema(**bounds: str | int) -> JsonDict:
     """The JSON Schema of what `scalar_text` takes; the bounds are those of text."""
     return {"anyOf": [{"type": "string", **bounds}, {"type": ["number", "boolean"]}]}
 

@@ -11,10 +11,11 @@ import signal
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic.config import JsonDict
 
 from remotegpu_schemas import limits
-from remotegpu_schemas.forms import NO_NUL_PATTERN, Form, Text, no_nul, scalar_schema, scalar_text
+from remotegpu_schemas.forms import NO_NUL_PATTERN, Form, Text, admit_null, no_nul, scalar_schema, scalar_text
 from remotegpu_schemas.problems import Finding
 from remotegpu_schemas.quantities import Duration
 from remotegpu_schemas.task import (
@@ -77,7 +78,7 @@ _ARGUMENT_MAX_CHARS = limits.ARGUMENT_MAX_BYTES - 1
 _VISIBLE_PATTERN = r"^[^\u0000]*[^\s\u0000-\u001f\u0085\ufeff][^\u0000]*$"
 
 
-def _signal_schema(*inaudible: int) -> dict[str, object]:
+def _signal_schema(*inaudible: int) -> JsonDict:
     """The names that are usual; the form takes them in lower case too."""
     names = [name for name, number in signal.Signals.__members__.items() if number not in inaudible]
     numbers = [number for number in range(1, 65) if number not in inaudible]
@@ -101,7 +102,7 @@ _Id = Annotated[
         {
             "anyOf": [
                 {"type": "string", "pattern": f"^{limits.ID_PATTERN}$"},
-                {"type": "number", "minimum": 0},
+                {"type": "number", "minimum": 0, "maximum": 10**15},  # beyond it text has an exponent
                 {"type": "boolean"},
             ]
         }
@@ -176,30 +177,24 @@ class TargetsForm(Form):
     ips: list[Name] = Field(default=[])
 
 
+def _need_one_thing_to_run(schema: JsonDict, model: type[BaseModel]) -> None:
+    """For the JSON Schema: a task file that breaks this is refused."""
+    admit_null(schema, model)
+    text: JsonDict = {"type": "string"}
+    nothing: JsonDict = {"type": "null"}
+    schema["oneOf"] = [
+        {"required": ["command"], "properties": {"command": text, "script": nothing, "interpreter": nothing}},
+        {"required": ["script"], "properties": {"script": text, "command": nothing}},
+    ]
+
+
 class TaskForm(Form):
     """A task with the keys of the file, newer and older ones side by side. Durations are seconds.
 
     The lease keys matter for claimed tasks only: a local task has no lease.
     """
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "oneOf": [
-                {
-                    "required": ["command"],
-                    "properties": {
-                        "command": {"type": "string"},
-                        "script": {"type": "null"},
-                        "interpreter": {"type": "null"},
-                    },
-                },
-                {
-                    "required": ["script"],
-                    "properties": {"script": {"type": "string"}, "command": {"type": "null"}},
-                },
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra=_need_one_thing_to_run)
 
     id: _Id | None = None
     name: Name | None = None

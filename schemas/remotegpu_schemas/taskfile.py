@@ -12,13 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, Field, GetJsonSchemaHandler, ValidationError, WithJsonSchema
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic.config import JsonDict
 
 from remotegpu_schemas import limits
 from remotegpu_schemas.explain import Wording, explain, sentences
-from remotegpu_schemas.forms import Form
+from remotegpu_schemas.forms import Form, admit_null
 from remotegpu_schemas.problems import Finding, InvalidFile, Path, Problem, dotted
 from remotegpu_schemas.strict_yaml import Document, load
 from remotegpu_schemas.task import Task, TaskId, TaskType
@@ -75,22 +74,22 @@ def _version(value: int) -> int:
     return value
 
 
+def _need_task(schema: JsonDict, model: type[BaseModel]) -> None:
+    """The form admits that there is no task, to say more than that it is missing; a file needs one."""
+    admit_null(schema, model)
+    schema["required"] = ["task"]
+    schema["not"] = {"properties": {"task": {"type": "null"}}}
+
+
 class DocumentForm(Form):
     """One document of a task file."""
+
+    model_config = ConfigDict(json_schema_extra=_need_task)
 
     version: Annotated[int, AfterValidator(_version), WithJsonSchema({"const": 1})] = 1
     name: Name | None = None
     labels: Labels = Field(default={})
     task: TaskForm | None = None
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """The form admits that there is no task, to say more than that it is missing; a file needs one."""
-        schema = super().__get_pydantic_json_schema__(core, handler)
-        own = handler.resolve_ref_schema(schema)
-        own["properties"]["task"] = own["properties"]["task"]["anyOf"][0]
-        own["required"] = ["task"]
-        return schema
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Wrapped:
     """An answer inside of the envelope; `events`: or, on demand, a stream of events with the same data."""
 
     example: Message
-    events: str | None = None
+    events: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,7 @@ CALLS: Final[dict[str, Call]] = {
         text="A running one is stopped with its grace period after the answer.",
         answer=Wrapped(examples.TASK),
         refuses=(*_FIND_TASK, Code.TASK_FINISHED),
+        links={"task_show": "/data/id"},
     ),
     "task_suspend": Call(
         tag="tasks",
@@ -201,6 +202,7 @@ CALLS: Final[dict[str, Call]] = {
         text="Its timeout stands still too, its lease is renewed meanwhile.",
         answer=Wrapped(examples.TASK_SUSPENDED),
         refuses=(*_FIND_TASK, Code.STATE_CONFLICT),
+        links={"task_resume": "/data/id"},
     ),
     "task_resume": Call(
         tag="tasks",
@@ -224,7 +226,7 @@ CALLS: Final[dict[str, Call]] = {
                 "14",
             )
         },
-        answer=Wrapped(examples.LOG_CHUNK, events=examples.LOG_EVENTS),
+        answer=Wrapped(examples.LOG_CHUNK, events=examples.LOG_EVENT),
         refuses=(*_FIND_TASK, Code.RATE_LIMITED),
     ),
     "drain_state": Call(

@@ -162,7 +162,7 @@ TASK_DETAIL: Final = TaskDetail(
 )
 
 LOG_CHUNK: Final = LogChunk(stream="stdout", run_no=1, offset=0, next_offset=14, text="epoch 1 of 10\n", is_end=False)
-LOG_EVENTS: Final = f"id: 14\ndata: {LOG_CHUNK.model_dump_json()}\n\n: keep-alive\n\n"
+LOG_EVENT: Final = {"id": str(LOG_CHUNK.next_offset), "event": "message", "data": LOG_CHUNK.model_dump_json()}
 
 DRAIN_REQUEST: Final = DrainRequest(reason="new driver")
 DRAINING: Final = DrainAnswer(

@@ -198,8 +198,7 @@ def _good_answer(call: Call, models: _Models) -> Json:
             model = models[type(example), "serialization"]
             content[JSON] = {"schema": _wrapped(model), "example": _success(plain(example))}
             if events is not None:
-                content[EVENTS] = {"schema": {"type": "string", "x-data": models[STREAMED, "serialization"]}}
-                content[EVENTS]["example"] = events
+                content[EVENTS] = {"schema": _event(models[STREAMED, "serialization"]), "example": events}
         case Bare(example):
             content[JSON] = {"schema": models[type(example), "serialization"], "example": plain(example)}
         case Plain(media_type, schema, shown):
@@ -235,6 +234,16 @@ def _refusal(codes: tuple[Code, ...]) -> Json:
 def _wrapped(model: Json) -> Json:
     properties = {"success": {"const": True}, "code": {"const": Code.OK.value}, "data": model}
     return {"allOf": [_ref("Envelope"), {"properties": properties}]}
+
+
+def _event(data: Json) -> Json:
+    """One event of a stream; a media type has no other place for that before OpenAPI 3.2 (`itemSchema`)."""
+    properties = {
+        "id": {"type": "string"},
+        "event": {"type": "string"},
+        "data": {"type": "string", "contentMediaType": JSON, "contentSchema": data},
+    }
+    return {"description": "One event of the stream.", "type": "object", "properties": properties, "required": ["data"]}
 
 
 def _success(data: Json) -> Json:
@@ -277,7 +286,8 @@ def _models(calls: Iterable[Call]) -> tuple[_Models, Json]:
             wanted.append((call.body.model, "validation"))
         if not isinstance(call.answer, Plain):
             wanted.append((type(call.answer.example), "serialization"))
-    every = list(dict.fromkeys([*wanted, *((query, "validation") for query in queries)]))
+    wanted.extend((query, "validation") for query in queries)
+    every = list(dict.fromkeys(wanted))
     found, rest = models_json_schema(every, ref_template=_SCHEMA + "{model}", schema_generator=_Generator)
     models: _Models = {key: dict(found[key]) for key in every}
     schemas: Json = dict(sorted(rest["$defs"].items()))
