@@ -75,6 +75,8 @@ def _identifier(value: str) -> str:
 
 
 _ARGUMENT_MAX_CHARS = limits.ARGUMENT_MAX_BYTES - 1
+_KEY_MAX_CHARS = 1000
+"""With its quotes a key that stands without `?` has at most 1024 (YAML 1.2.2, section 7.4.2)."""
 _VISIBLE_PATTERN = r"^[^\u0000]*[^\s\u0000-\u001f\u0085\ufeff][^\u0000]*$"
 
 
@@ -123,7 +125,9 @@ _LabelText = Annotated[
     WithJsonSchema(scalar_schema(pattern=NO_NUL_PATTERN, maxLength=limits.LABEL_MAX_CHARS)),
 ]
 Labels = Annotated[dict[_LabelName, _LabelText], Field(max_length=limits.LABELS_MAX_COUNT)]
-_EnvironmentName = Annotated[EnvironmentName, WithJsonSchema({"type": "string", "pattern": r"^[^=\u0000]+$"})]
+_EnvironmentName = Annotated[
+    EnvironmentName, WithJsonSchema({"type": "string", "pattern": r"^[^=\u0000]+$", "maxLength": _KEY_MAX_CHARS})
+]
 _Command = Annotated[Argument, _text_schema(_VISIBLE_PATTERN)]
 _Path = Annotated[Argument, _text_schema()]
 _Script = Annotated[str, AfterValidator(no_nul), WithJsonSchema({"type": "string", "pattern": _VISIBLE_PATTERN})]
