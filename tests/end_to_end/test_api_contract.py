@@ -99,7 +99,7 @@ def add_dead_letters(path: Path) -> None:
 
 def configuration(processes: dict[str, int]) -> str:
     """All phases and checks; what there is to find is named often, so that calls meet it."""
-    examples = scaled(25, 400)
+    examples = scaled(25, 150)
     return f"""\
 seed = 1
 continue-on-failure = true
