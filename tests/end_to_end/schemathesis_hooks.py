@@ -1,4 +1,4 @@
-"""What schemathesis must know of the agent beyond its description; loaded by its own process (`hooks` of its configuration).
+"""What schemathesis must know of the agent beyond its description; its own process loads this (`hooks`).
 
 Calls that wait by design end soon, and what no JSON Schema can foresee may be refused: nothing else.
 """
