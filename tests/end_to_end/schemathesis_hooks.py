@@ -52,6 +52,9 @@ def before_call(context: schemathesis.HookContext, case: schemathesis.Case[Any],
     if query.get("follow") and case.operation.path.endswith("/logs"):
         # The stream of a task that ends comes to its end as well.
         _post(case.operation, case.formatted_path.removesuffix("/logs") + "/cancel")
+    if case.operation.path.endswith("/resume") and case.method == "POST":
+        # What runs can be suspended, and then there is something to resume.
+        _post(case.operation, case.formatted_path.removesuffix("/resume") + "/suspend")
 
 
 @schemathesis.hook

@@ -30,8 +30,7 @@ from tests.scale import IS_LONG, scaled
 
 CASES_AT_LEAST: Final = 300
 SLEEPERS: Final = tuple(f"sleeper-{number:02}" for number in range(30))
-SUSPENDED: Final = SLEEPERS[::2]
-LETTERS: Final = 24
+LETTERS: Final = 2 * len(SLEEPERS)
 ALL_CHECKS: Final = {
     "not_a_server_error",
     "status_code_conformance",
@@ -64,8 +63,6 @@ async def blocked_agent(directory: Path) -> AsyncGenerator[tuple[AgentProcess, d
         for task_id in SLEEPERS:
             await before.submit(id=task_id, command="echo begun; exec sleep 900")
         processes = {task_id: (await before.wait_running(task_id))["process_id"] for task_id in SLEEPERS}
-        for task_id in SUSPENDED:
-            await before.post(f"/tasks/{task_id}/suspend")
     await asyncio.to_thread(add_dead_letters, directory / "state" / "queue.db")
     short = {**settings(), "admission": {"memory_free_gb": 65536}}
     async with AgentProcess(directory, short) as host:
@@ -90,8 +87,9 @@ def add_dead_letters(path: Path) -> None:
     now_ms = int(time.time() * 1000)
     with contextlib.closing(open_inline(path)) as db:
         attempts = [AttemptId(row["attempt_id"]) for row in db.execute("SELECT attempt_id FROM attempts")]
-        for attempt_id in attempts[:LETTERS]:
+        for attempt_id in attempts:
             outbox.add_report(db, attempt_id, "start", {"run_no": 1}, now_ms, "boot")
+            outbox.add_report(db, attempt_id, "progress", {"percent": 10}, now_ms, "boot")
         for row in db.execute("SELECT id FROM outbox").fetchall():
             outbox.report_dead(db, row["id"], "30005: no such run")
         db.commit()
@@ -138,8 +136,8 @@ letters = {{ values = {list(range(1, LETTERS + 1))} }}
 processes = {{ values = {list(processes.values())} }}
 
 [parameters]
-"path.task_id" = {{ dictionary = "tasks", probability = 0.5 }}
-"path.letter_id" = {{ dictionary = "letters", probability = 0.5 }}
+"path.task_id" = {{ dictionary = "tasks", probability = 0.8 }}
+"path.letter_id" = {{ dictionary = "letters", probability = 0.8 }}
 "body.process_id" = {{ dictionary = "processes", probability = 0.5 }}
 """
 
