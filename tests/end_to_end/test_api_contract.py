@@ -29,7 +29,7 @@ from tests.queue.support import open_inline
 from tests.scale import IS_LONG, scaled
 
 CASES_AT_LEAST: Final = 300
-SLEEPERS: Final = tuple(f"sleeper-{number:02}" for number in range(30))
+SLEEPERS: Final = tuple(f"sleeper-{number:02}" for number in range(60))
 LETTERS: Final = 2 * len(SLEEPERS)
 ALL_CHECKS: Final = {
     "not_a_server_error",
@@ -97,7 +97,7 @@ def add_dead_letters(path: Path) -> None:
 
 def configuration(processes: dict[str, int]) -> str:
     """All phases and checks; what there is to find is named often, so that calls meet it."""
-    examples = scaled(25, 150)
+    examples = scaled(25, 400)
     return f"""\
 seed = 1
 continue-on-failure = true

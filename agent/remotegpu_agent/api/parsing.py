@@ -24,7 +24,8 @@ _SHOWN_MAX_CHARS: Final = 40
 
 
 def _split(values: list[str]) -> list[str]:
-    return [part for value in values for part in value.split(",") if part]
+    """An empty name is no state: a script whose variable is empty must not be shown the tasks of all states."""
+    return [part for value in values for part in value.split(",")]
 
 
 def _check_label(value: str) -> str:
