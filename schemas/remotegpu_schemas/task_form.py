@@ -132,6 +132,7 @@ _Command = Annotated[Argument, _text_schema(_VISIBLE_PATTERN)]
 _Path = Annotated[Argument, _text_schema()]
 _Script = Annotated[str, AfterValidator(no_nul), WithJsonSchema({"type": "string", "pattern": _VISIBLE_PATTERN})]
 _Signal = Annotated[int, BeforeValidator(_signal_number), WithJsonSchema(_signal_schema())]
+_NO_TIME: JsonDict = {"anyOf": [{"const": 0}, {"type": "string", "pattern": r"^0(\.0+)?[smhd]?$"}]}
 _AudibleSignal = Annotated[
     int, BeforeValidator(_audible_signal_number), WithJsonSchema(_signal_schema(*SIGNALS_WITHOUT_HANDLER))
 ]
@@ -169,9 +170,7 @@ class WarnForm(Form):
     """`warn:`; without a signal it is SIGUSR1."""
 
     signal: _AudibleSignal = int(signal.SIGUSR1)
-    before: Annotated[
-        Duration, AfterValidator(_duration_above_zero), Field(json_schema_extra={"not": {"enum": [0, "0", "0s"]}})
-    ]
+    before: Annotated[Duration, AfterValidator(_duration_above_zero), Field(json_schema_extra={"not": _NO_TIME})]
 
 
 class TargetsForm(Form):

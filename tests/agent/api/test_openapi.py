@@ -165,6 +165,7 @@ def test_what_is_special_is_told(whole: dict[str, Any]) -> None:
         ({"command": "true", "env": {"A=B": "c"}}, False),
         ({"command": "true", "timeout": "90 s"}, False),
         ({"command": "true", "warn": {"before": 0}}, False),
+        ({"command": "true", "warn": {"before": "0.0m"}}, False),
         ({"command": "true", "stop_signal": 65}, False),
         ({"command": "true", "retry": {"on": []}}, False),
         ({"command": "true", "bogus": 1}, False),
