@@ -169,6 +169,8 @@ def _query_parameters(call: Call, models: _Models) -> Iterator[Json]:
         return
     for name, schema in models[call.query, "validation"]["properties"].items():
         about = {key: value for key, value in schema.items() if key not in {"description", "examples"}}
+        if {"type": "null"} in about.get("anyOf", []):  # what is left out of a query string is never null in it
+            about = next(each for each in about["anyOf"] if each != {"type": "null"})
         parameter = {"name": name, "in": "query", "description": schema["description"], "schema": about}
         if "examples" in schema:
             parameter["example"] = schema["examples"][0]

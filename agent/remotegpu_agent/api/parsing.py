@@ -8,7 +8,6 @@ from typing import Annotated, Final, Literal, TypeVar
 
 from aiohttp import web
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
-from pydantic.json_schema import SkipJsonSchema
 
 from remotegpu_schemas import limits
 from remotegpu_schemas.api import Message
@@ -82,7 +81,7 @@ class LogQuery(Message):
     limit: Annotated[int, Field(ge=1, le=limits.OUTPUT_READ_MAX_BYTES)] = Field(
         default=limits.OUTPUT_READ_MAX_BYTES, description="Bytes at most. No bound of a stream of events."
     )
-    run: Annotated[int, Field(ge=1, le=OFFSET_MAX)] | SkipJsonSchema[None] = Field(
+    run: Annotated[int, Field(ge=1, le=OFFSET_MAX)] | None = Field(
         default=None, description="The number of the run, from 1; without it the last one."
     )
     follow: bool = Field(default=False, description="Answer as a stream of events until the output ends.")
