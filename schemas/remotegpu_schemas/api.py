@@ -9,12 +9,15 @@ from __future__ import annotations
 import enum
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from remotegpu_schemas import limits
 from remotegpu_schemas.states import Cause, RunState, TaskState
 
 DataT = TypeVar("DataT")
+
+Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+"""RFC 3339 in UTC, with `Z`."""
 
 
 class Message(BaseModel):
@@ -30,7 +33,7 @@ class Envelope(Message, Generic[DataT]):
     code: int
     message: str
     data: DataT | None
-    timestamp: str
+    timestamp: Time
 
 
 class Ping(Message):
@@ -96,7 +99,11 @@ class ProcessStopRequest(Message):
     """
 
     process_id: Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
-    signal: Annotated[StopSignal, BeforeValidator(_default_signal)] = StopSignal.SIGTERM
+    signal: Annotated[
+        StopSignal,
+        BeforeValidator(_default_signal),
+        WithJsonSchema({"enum": [*(signal.value for signal in StopSignal), "", None]}),
+    ] = StopSignal.SIGTERM
     host_id: Any = None
 
 
@@ -123,8 +130,8 @@ class RunView(Message):
     exit_code: int | None
     signal: int | None
     error: str | None
-    started_at: str | None
-    ended_at: str | None
+    started_at: Time | None
+    ended_at: Time | None
     usage: dict[str, float] | None
 
 
@@ -149,9 +156,9 @@ class TaskView(Message):
     process_id: int | None
     progress_percent: float | None
     progress_message: str | None
-    submitted_at: str
-    started_at: str | None
-    ended_at: str | None
+    submitted_at: Time
+    started_at: Time | None
+    ended_at: Time | None
     is_stopping: bool
     lease_left_s: float | None
     is_synced: bool
@@ -211,7 +218,7 @@ class ControlPlaneStatus(Message):
     url: str | None
     is_connected: bool
     is_registered: bool
-    last_contact_at: str | None
+    last_contact_at: Time | None
     error: str | None
 
 
@@ -238,7 +245,7 @@ class DrainAnswer(Message):
     is_drained: bool
     reason: str | None
     by: str | None
-    since: str | None
+    since: Time | None
     running: int
     waiting: int
 
@@ -250,7 +257,7 @@ class DeadLetter(Message):
     kind: str
     task_id: str
     attempt_id: str
-    created_at: str
+    created_at: Time
     tries: int
     error: str | None
     body: dict[str, Any]

@@ -6,9 +6,30 @@ import re
 import typing
 from typing import Annotated, Final
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.config import JsonDict
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
+
+def admit_null(schema: JsonDict, model: type[BaseModel]) -> None:
+    """For the JSON Schema of a form: what may be left out may be null as well, and other keys are no keys of a map."""
+    properties = schema.get("properties")
+    if not isinstance(properties, dict):
+        return
+    for name, about in properties.items():
+        field = model.model_fields[name]
+        if isinstance(about, dict) and "patternProperties" in about:
+            about["additionalProperties"] = False
+        if not field.is_required() and type(None) not in typing.get_args(field.annotation):
+            properties[name] = {"anyOf": [about, {"type": "null"}]}
 
 
 class Form(BaseModel):
@@ -17,7 +38,7 @@ class Form(BaseModel):
     Null means "not given" wherever it is no value of its own.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, json_schema_extra=admit_null)
 
     @model_validator(mode="before")
     @classmethod
@@ -52,5 +73,18 @@ def no_nul(value: str) -> str:
     return value
 
 
-Text = Annotated[str, BeforeValidator(scalar_text), AfterValidator(no_nul)]
+NO_NUL_PATTERN: Final = r"^[^\u0000]*$"
+
+
+def scalar_schema(**bounds: str | int) -> JsonDict:
+    """The JSON Schema of what `scalar_text` takes; the bounds are those of text."""
+    return {"anyOf": [{"type": "string", **bounds}, {"type": ["number", "boolean"]}]}
+
+
+Text = Annotated[
+    str,
+    BeforeValidator(scalar_text),
+    AfterValidator(no_nul),
+    WithJsonSchema(scalar_schema(pattern=NO_NUL_PATTERN)),
+]
 """Text that may look like a number or a boolean."""

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Annotated, Final
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
 from remotegpu_schemas import limits
 
@@ -55,5 +55,18 @@ def _as_float(value: float) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-Duration = Annotated[float, BeforeValidator(parse_duration)]
+_JSON_SCHEMA: Final = {
+    "description": "Seconds, or a number with s, m, h or d: `90s`, `10m`, `24h`, `7d`; at most 366 days.",
+    "anyOf": [
+        {"type": "number", "minimum": 0, "maximum": limits.TIMEOUT_MAX_S},
+        # Whatever fits here is within the bound too: a schema cannot compute.
+        {
+            "type": "string",
+            "pattern": r"^((0|[1-9][0-9]{0,6})(\.[0-9]{1,9})?s?|(0|[1-9][0-9]{0,4})(\.[0-9]{1,9})?m"
+            r"|(0|[1-9][0-9]{0,2}|[1-7][0-9]{3})(\.[0-9]{1,9})?h|(0|[1-9][0-9]?|[12][0-9]{2}|3[0-5][0-9])(\.[0-9]{1,9})?d)$",
+        },
+    ],
+}
+
+Duration = Annotated[float, BeforeValidator(parse_duration), WithJsonSchema(_JSON_SCHEMA)]
 """A field in seconds that is written as a duration."""

@@ -12,6 +12,7 @@ Knows nothing of models.
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -185,12 +186,23 @@ def _decode(text: bytes, file: str) -> str:
             [_problem(file, (), mark, f"byte 0x{text[error.start]:02x} is not UTF-8; save the file as UTF-8")]
         ) from error
     unprintable = _UNPRINTABLE.search(decoded)
+    if unprintable is not None and _is_json(decoded):
+        # JSON allows in its strings as they are what YAML allows as escapes only (RFC 8259, section 7).
+        return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", decoded)
     if unprintable is not None:
         before_lines = _LINE_BREAK.split(decoded[: unprintable.start()])
         mark = Mark(len(before_lines), len(before_lines[-1]) + 1, 1)
         message = f"the character U+{ord(unprintable[0]):04X} is not allowed; remove it, or write it as \\x.. in quotes"
         raise InvalidFile([_problem(file, tuple(_LINE_BREAK.split(decoded)), mark, message)])
     return decoded
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 class _Stopped(Exception):

@@ -11,10 +11,11 @@ import signal
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic.config import JsonDict
 
 from remotegpu_schemas import limits
-from remotegpu_schemas.forms import Form, Text, no_nul, scalar_text
+from remotegpu_schemas.forms import NO_NUL_PATTERN, Form, Text, admit_null, no_nul, scalar_schema, scalar_text
 from remotegpu_schemas.problems import Finding
 from remotegpu_schemas.quantities import Duration
 from remotegpu_schemas.task import (
@@ -73,15 +74,75 @@ def _identifier(value: str) -> str:
     return value
 
 
-Name = Annotated[Text, Field(max_length=limits.NAME_MAX_CHARS)]
-_Id = Annotated[str, BeforeValidator(scalar_text), AfterValidator(_identifier)]
-_Word = Annotated[Argument, BeforeValidator(scalar_text)]
-_LabelText = Annotated[LabelText, BeforeValidator(scalar_text)]
-Labels = Annotated[dict[LabelText, _LabelText], Field(max_length=limits.LABELS_MAX_COUNT)]
-_Signal = Annotated[int, BeforeValidator(_signal_number)]
-_AudibleSignal = Annotated[int, BeforeValidator(_audible_signal_number)]
+_ARGUMENT_MAX_CHARS = limits.ARGUMENT_MAX_BYTES - 1
+_KEY_MAX_CHARS = 1000
+"""With its quotes a key that stands without `?` has at most 1024 (YAML 1.2.2, section 7.4.2)."""
+_VISIBLE_PATTERN = r"^[^\u0000]*[^\s\u0000-\u001f\u0085\ufeff][^\u0000]*$"
+
+
+def _signal_schema(*inaudible: int) -> JsonDict:
+    """The names that are usual; the form takes them in lower case too."""
+    names = [name for name, number in signal.Signals.__members__.items() if number not in inaudible]
+    numbers = [number for number in range(1, 65) if number not in inaudible]
+    return {"enum": [*names, *(name.removeprefix("SIG") for name in names), *numbers, *map(str, numbers)]}
+
+
+def _text_schema(pattern: str = NO_NUL_PATTERN) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "pattern": pattern, "maxLength": _ARGUMENT_MAX_CHARS})
+
+
+Name = Annotated[
+    Text,
+    Field(max_length=limits.NAME_MAX_CHARS),
+    WithJsonSchema(scalar_schema(pattern=NO_NUL_PATTERN, maxLength=limits.NAME_MAX_CHARS)),
+]
+_Id = Annotated[
+    str,
+    BeforeValidator(scalar_text),
+    AfterValidator(_identifier),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": f"^{limits.ID_PATTERN}$"},
+                {"type": "number", "minimum": 0, "maximum": 10**15},  # beyond it text has an exponent
+                {"type": "boolean"},
+            ]
+        }
+    ),
+]
+_Word = Annotated[
+    Argument,
+    BeforeValidator(scalar_text),
+    WithJsonSchema(scalar_schema(pattern=NO_NUL_PATTERN, maxLength=_ARGUMENT_MAX_CHARS)),
+]
+_LabelName = Annotated[
+    LabelText,
+    WithJsonSchema({"type": "string", "pattern": NO_NUL_PATTERN, "maxLength": limits.LABEL_MAX_CHARS}),
+]
+_LabelText = Annotated[
+    LabelText,
+    BeforeValidator(scalar_text),
+    WithJsonSchema(scalar_schema(pattern=NO_NUL_PATTERN, maxLength=limits.LABEL_MAX_CHARS)),
+]
+Labels = Annotated[dict[_LabelName, _LabelText], Field(max_length=limits.LABELS_MAX_COUNT)]
+_EnvironmentName = Annotated[
+    EnvironmentName, WithJsonSchema({"type": "string", "pattern": r"^[^=\u0000]+$", "maxLength": _KEY_MAX_CHARS})
+]
+_Command = Annotated[Argument, _text_schema(_VISIBLE_PATTERN)]
+_Path = Annotated[Argument, _text_schema()]
+_Script = Annotated[str, AfterValidator(no_nul), WithJsonSchema({"type": "string", "pattern": _VISIBLE_PATTERN})]
+_Signal = Annotated[int, BeforeValidator(_signal_number), WithJsonSchema(_signal_schema())]
+_NO_TIME: JsonDict = {"anyOf": [{"const": 0}, {"type": "string", "pattern": r"^0(\.0+)?[smhd]?$"}]}
+_AudibleSignal = Annotated[
+    int, BeforeValidator(_audible_signal_number), WithJsonSchema(_signal_schema(*SIGNALS_WITHOUT_HANDLER))
+]
 _Retries = Annotated[int, Field(ge=0, le=limits.RETRIES_MAX)]
-_Type = Annotated[TaskType, Field(strict=False)]
+_Type = Annotated[
+    TaskType,
+    Field(strict=False),
+    # What `container` means is known; a task file with it is refused by this version.
+    WithJsonSchema({"enum": [str(kind) for kind in TaskType if kind is not TaskType.CONTAINER]}),
+]
 _Backoff = Annotated[Backoff, Field(strict=False)]
 _RetryOn = Annotated[RetryOn, Field(strict=False)]
 
@@ -101,7 +162,7 @@ class RetryForm(Form):
     delay: Duration | None = None
     backoff: _Backoff | None = None
     max_delay: Duration | None = None
-    on: list[_RetryOn] | None = None
+    on: Annotated[list[_RetryOn], Field(json_schema_extra={"minItems": 1})] | None = None
     exit_codes: list[Annotated[int, Field(ge=1, le=255)]] | None = None
 
 
@@ -109,7 +170,7 @@ class WarnForm(Form):
     """`warn:`; without a signal it is SIGUSR1."""
 
     signal: _AudibleSignal = int(signal.SIGUSR1)
-    before: Annotated[Duration, AfterValidator(_duration_above_zero)]
+    before: Annotated[Duration, AfterValidator(_duration_above_zero), Field(json_schema_extra={"not": _NO_TIME})]
 
 
 class TargetsForm(Form):
@@ -119,21 +180,34 @@ class TargetsForm(Form):
     ips: list[Name] = Field(default=[])
 
 
+def _need_one_thing_to_run(schema: JsonDict, model: type[BaseModel]) -> None:
+    """For the JSON Schema: a task file that breaks this is refused."""
+    admit_null(schema, model)
+    text: JsonDict = {"type": "string"}
+    nothing: JsonDict = {"type": "null"}
+    schema["oneOf"] = [
+        {"required": ["command"], "properties": {"command": text, "script": nothing, "interpreter": nothing}},
+        {"required": ["script"], "properties": {"script": text, "command": nothing}},
+    ]
+
+
 class TaskForm(Form):
     """A task with the keys of the file, newer and older ones side by side. Durations are seconds.
 
     The lease keys matter for claimed tasks only: a local task has no lease.
     """
 
+    model_config = ConfigDict(json_schema_extra=_need_one_thing_to_run)
+
     id: _Id | None = None
     name: Name | None = None
     type: _Type | None = None
-    command: Argument | None = None
+    command: _Command | None = None
     args: Annotated[list[_Word], Field(max_length=limits.ARGUMENTS_MAX_COUNT)] | None = None
-    script: Annotated[str, AfterValidator(no_nul)] | None = None
-    interpreter: Argument | None = None
-    workdir: Argument | None = None
-    env: dict[EnvironmentName, _Word] = Field(default={}, max_length=limits.ENVIRONMENT_MAX_COUNT)
+    script: _Script | None = None
+    interpreter: _Path | None = None
+    workdir: _Path | None = None
+    env: dict[_EnvironmentName, _Word] = Field(default={}, max_length=limits.ENVIRONMENT_MAX_COUNT)
     resources: ResourcesForm | None = None
     timeout: Duration | None = None
     grace_period: Duration | None = None

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic.config import JsonDict
 
 from remotegpu_schemas import limits
 from remotegpu_schemas.explain import Wording, explain, sentences
-from remotegpu_schemas.forms import Form
+from remotegpu_schemas.forms import Form, admit_null
 from remotegpu_schemas.problems import Finding, InvalidFile, Path, Problem, dotted
 from remotegpu_schemas.strict_yaml import Document, load
 from remotegpu_schemas.task import Task, TaskId, TaskType
@@ -73,10 +74,19 @@ def _version(value: int) -> int:
     return value
 
 
+def _need_task(schema: JsonDict, model: type[BaseModel]) -> None:
+    """The form admits that there is no task, to say more than that it is missing; a file needs one."""
+    admit_null(schema, model)
+    schema["required"] = ["task"]
+    schema["not"] = {"properties": {"task": {"type": "null"}}}
+
+
 class DocumentForm(Form):
     """One document of a task file."""
 
-    version: Annotated[int, AfterValidator(_version)] = 1
+    model_config = ConfigDict(json_schema_extra=_need_task)
+
+    version: Annotated[int, AfterValidator(_version), WithJsonSchema({"const": 1})] = 1
     name: Name | None = None
     labels: Labels = Field(default={})
     task: TaskForm | None = None

@@ -30,7 +30,8 @@ ABSOLUTE_PATHS: Final = (
     "/var/lib/remotegpu-agent",
     "/run/remotegpu-agent",
     "/proc",
-    "/process/stop",  # a call of the API
+    "/process/stop",  # calls of the API
+    "/openapi.json",
 )
 
 _FENCED: Final = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)

@@ -30,6 +30,14 @@ def problems(text: str | bytes) -> list[str]:
     return [f"{p.line}:{p.column}:{p.length} {p.message}" for p in caught.value.problems]
 
 
+@pytest.mark.parametrize("char", ["\x7f", "\x80", "\x9f", "\ufffe", "\uffff", "\ufeff"])
+def test_json_holds_characters_that_yaml_wants_escaped(char: str) -> None:
+    """A JSON text is taken with every character that JSON allows, in keys and in values."""
+    value = {f"key {char}": [f"{char}", f"\\{char}{char}"]}
+    assert data(json.dumps(value, ensure_ascii=False).encode()) == [value]
+    assert problems(f"a: b{char}".encode()) != []
+
+
 # --- values --------------------------------------------------------------------------------------------------------
 
 

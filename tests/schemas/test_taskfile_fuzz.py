@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Final
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +13,11 @@ from remotegpu_schemas.problems import InvalidFile
 from remotegpu_schemas.task import Task, TaskId
 from remotegpu_schemas.task_form import ResourcesForm, RetryForm, TargetsForm, TaskForm
 from remotegpu_schemas.taskfile import DocumentForm, Submission, load_task_file, override_tasks
-from tests.schemas.support import json_values, property_test
+from tests.scale import scaled
+from tests.schemas.garbage import as_json, cut_bytes, encoded, fuzz, near, with_cut
+from tests.schemas.support import json_values
+
+pytestmark = pytest.mark.timeout(scaled(120, 1800))
 
 VALID = b"""\
 # a comment
@@ -66,10 +71,18 @@ def _loaded(raw: bytes) -> list[Submission] | InvalidFile:
         return error
 
 
-@property_test
-@given(raw=st.binary(max_size=300))
+YAML_PIECES: Final = (
+    "task:", "command", "x", "- ", ": ", "\n", "\n  ", "\n    ", "? ", "{", "}", "[", "]", ", ", "&a ", "*a", "<<: ",
+    "#", "!!str ", "! ", "%YAML 1.1\n", "---\n", "...\n", "|2-\n", ">\n", '"', "'", "\\u12", "\\x", "\t", "\r", "\x85",
+    "\u2028", "\ufeff", "\ud7ff", "\x7f", "\0", "1e999", "0x1F", ".nan", "~", "9" * 40, "é", "[" * 40, "- " * 40,
+)  # fmt: skip
+yaml_texts = st.lists(st.sampled_from(YAML_PIECES), max_size=40).map(lambda parts: "".join(parts).encode())
+
+
+@fuzz(10_000)
+@given(raw=st.binary(max_size=300) | yaml_texts)
 def test_any_bytes(raw: bytes) -> None:
-    """Nothing but InvalidFile is raised for arbitrary bytes."""
+    """Nothing but InvalidFile is raised for arbitrary bytes, nor for what YAML is made of in any order."""
     check(raw)
 
 
@@ -86,7 +99,7 @@ mutations = st.lists(
 )
 
 
-@property_test
+@fuzz(12_000)
 @given(changes=mutations)
 def test_valid_file_with_mutations(changes: list[tuple[str, int, int, bytes]]) -> None:
     """A few slips of the hand in a valid file."""
@@ -129,8 +142,50 @@ tasks = st.tuples(
 ).map(lambda parts: {**parts[0], **parts[1], **parts[2]})
 
 
-@property_test
+@fuzz(6_000)
 @given(document=keys_of(DocumentForm), task=tasks)
 def test_any_values_of_known_keys(document: dict[str, Any], task: dict[str, Any]) -> None:
     """Every key of the format, with values of every type."""
     check(json.dumps({**document, "version": 1, "task": task}).encode("utf-8", "surrogatepass"))
+
+
+FULL: Final[dict[str, Any]] = {
+    "version": 1,
+    "name": "nightly",
+    "labels": {"team": "vision"},
+    "task": {
+        "id": "t-1",
+        "name": "train",
+        "type": "python",
+        "command": "python",
+        "args": ["train.py", "--epochs=100"],
+        "workdir": "/workspace",
+        "env": {"SEED": "1", "B": "two"},
+        "resources": {"gpus": 2, "cpus": 0.5, "memory_gb": 64},
+        "timeout": "24h",
+        "grace_period": "30s",
+        "priority": 3,
+        "stop_signal": "SIGINT",
+        "warn": {"signal": "SIGUSR1", "before": "5m"},
+        "retry": {"max": 3, "delay": "60s", "backoff": "exponential", "max_delay": "10m", "on": ["exit_code"]},
+        "labels": {"a": "b"},
+        "group_id": "g",
+        "parent_id": "p",
+        "machine_id": "m",
+        "targets": {"machine_ids": ["m1"], "ips": ["10.0.0.1"]},
+        "lease_ttl_sec": 300,
+    },
+}
+OTHER_KEYS: Final = ("script", "interpreter", "max_retries", "retry_delay", "exit_codes", "grace_period_sec", "group")
+
+
+@fuzz(14_000)
+@given(document=near(FULL, OTHER_KEYS), encode=encoded, cut=cut_bytes)
+def test_a_full_document_with_slips(document: Any, encode: Any, cut: tuple[int, bytes]) -> None:
+    """Every key of the format, with values at their bounds, in other spellings, of other types or in other places."""
+    check(with_cut(encode(document), cut))
+
+
+def test_the_full_document_is_accepted() -> None:
+    """Else the slips would prove little."""
+    assert len(load_task_file(as_json(FULL))) == 1

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from aiohttp import web
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from remotegpu_agent.api.context import CALLER, context_of, note
 from remotegpu_agent.api.envelope import success
-from remotegpu_agent.api.parsing import OFFSET_MAX, ShowQuery, invalid, parse_query
+from remotegpu_agent.api.parsing import OFFSET_MAX, Limit, Offset, ShowQuery, invalid, parse_query
 from remotegpu_agent.metrics import CONTENT_TYPE
 from remotegpu_schemas import limits
 from remotegpu_schemas.api import DrainRequest, Message
@@ -19,8 +17,8 @@ from remotegpu_schemas.errors import Code, Refused
 class PageQuery(Message):
     """?limit=&offset=."""
 
-    limit: Annotated[int, Field(ge=1, le=limits.API_LIST_MAX)] = limits.API_LIST_DEFAULT
-    offset: Annotated[int, Field(ge=0, le=OFFSET_MAX)] = 0
+    limit: Limit = limits.API_LIST_DEFAULT
+    offset: Offset = 0
 
 
 async def drain(request: web.Request) -> web.Response:

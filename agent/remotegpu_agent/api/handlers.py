@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from pathlib import Path
 
 from aiohttp import web
 
 from remotegpu_agent import host
 from remotegpu_agent.api.context import CALLER, Context, context_of, note
 from remotegpu_agent.api.envelope import bare, success
+from remotegpu_agent.api.openapi import text
 from remotegpu_agent.api.parsing import ListQuery, ShowQuery, SubmitQuery, parse_body, parse_query, task_id_of
 from remotegpu_agent.api.submission import parse_submission
 from remotegpu_agent.task_user import Submitter
@@ -39,13 +41,19 @@ async def queue_status(request: web.Request) -> web.Response:
     return success(await context.operations.queue_status(), context.now())
 
 
+async def openapi(request: web.Request) -> web.Response:
+    """GET /openapi.json: not wrapped. Made once, on a thread: it takes as long as reading a large task file."""
+    routes = tuple(dict.fromkeys(context_of(request).routes.values()))
+    return web.Response(text=await asyncio.to_thread(text, routes), content_type="application/json")
+
+
 async def submit_tasks(request: web.Request) -> web.Response:
     """POST /tasks?directory=: the tasks of a task file, all or none."""
     context = context_of(request)
     directory = parse_query(SubmitQuery, request).directory
     tasks = await _parse(await request.read(), context.settings.machine_id)
-    uid = request[CALLER].uid
-    task_ids = await context.operations.submit(tasks, Submitter(uid, directory) if uid is not None else None)
+    uid, here = request[CALLER].uid, Path(directory) if directory is not None else None
+    task_ids = await context.operations.submit(tasks, Submitter(uid, here) if uid is not None else None)
     note(request, tasks=len(task_ids), task_ids=" ".join(task_ids[:_IDS_AUDITED_MAX]))
     return success(SubmitAnswer(task_ids=task_ids), context.now())
 

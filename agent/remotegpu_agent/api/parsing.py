@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Final, Literal, TypeVar
 
 from aiohttp import web
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, WithJsonSchema
 
 from remotegpu_schemas import limits
 from remotegpu_schemas.api import Message
@@ -25,7 +23,8 @@ _SHOWN_MAX_CHARS: Final = 40
 
 
 def _split(values: list[str]) -> list[str]:
-    return [part for value in values for part in value.split(",") if part]
+    """An empty name is no state: a script whose variable is empty must not be shown the tasks of all states."""
+    return [part for value in values for part in value.split(",")]
 
 
 def _check_label(value: str) -> str:
@@ -34,9 +33,9 @@ def _check_label(value: str) -> str:
     return value
 
 
-def _check_directory(value: Path) -> Path:
-    if not value.is_absolute() or "\0" in str(value) or len(os.fsencode(value)) > limits.PATH_MAX_BYTES:
-        raise ValueError(f"must be an absolute path of at most {limits.PATH_MAX_BYTES} bytes")
+def _check_directory(value: str) -> str:
+    if not value.startswith("/") or "\0" in value or len(value) > limits.PATH_MAX_CHARS:
+        raise ValueError(f"must be an absolute path of at most {limits.PATH_MAX_CHARS} characters")
     return value
 
 
@@ -44,15 +43,24 @@ def _clamp_wait(value: float) -> float:
     return min(value, limits.API_WAIT_MAX_S)
 
 
+Label = Annotated[str, AfterValidator(_check_label), Field(json_schema_extra={"pattern": "^[^=]+="})]
+Limit = Annotated[int, Field(ge=1, le=limits.API_LIST_MAX, description="Entries on this page, at most.")]
+Offset = Annotated[int, Field(ge=0, le=OFFSET_MAX, description="Entries in front of this page.")]
+
+
 class ListQuery(Message):
     """GET /tasks: `state` and `label` may be repeated; `state` also takes a list with commas."""
 
-    state: Annotated[tuple[TaskState, ...], BeforeValidator(_split)] = ()
-    label: tuple[Annotated[str, AfterValidator(_check_label)], ...] = Field(
-        default=(), max_length=limits.LABELS_MAX_COUNT
+    state: Annotated[tuple[TaskState, ...], BeforeValidator(_split)] = Field(
+        default=(), description="Only tasks in one of these states; may be repeated, or a list with commas."
     )
-    limit: Annotated[int, Field(ge=1, le=limits.API_LIST_MAX)] = limits.API_LIST_DEFAULT
-    offset: Annotated[int, Field(ge=0, le=OFFSET_MAX)] = 0
+    label: tuple[Label, ...] = Field(
+        default=(),
+        max_length=limits.LABELS_MAX_COUNT,
+        description="NAME=VALUE: only tasks with this label; may be repeated, and then all of them must fit.",
+    )
+    limit: Limit = limits.API_LIST_DEFAULT
+    offset: Offset = 0
 
     @property
     def labels(self) -> dict[str, str]:
@@ -63,23 +71,43 @@ class ListQuery(Message):
 class SubmitQuery(Message):
     """POST /tasks: where the caller is. Where tasks run as their submitter, relative work directories begin there."""
 
-    directory: Annotated[Path, AfterValidator(_check_directory)] | None = None
+    directory: (
+        Annotated[
+            str,
+            AfterValidator(_check_directory),
+            WithJsonSchema({"type": "string", "pattern": r"^/[^\u0000]*$", "maxLength": limits.PATH_MAX_CHARS}),
+        ]
+        | None
+    ) = Field(
+        default=None,
+        description="Where the caller is, an absolute path. Where tasks run as their submitter, those that name no "
+        "directory run there, and a relative one begins there; elsewhere it says nothing.",
+    )
 
 
 class ShowQuery(Message):
     """GET /tasks/{id}: seconds to wait for its end; more than API_WAIT_MAX_S counts as that."""
 
-    wait: Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_clamp_wait)] = 0.0
+    wait: Annotated[float, Field(ge=0, allow_inf_nan=False), AfterValidator(_clamp_wait)] = Field(
+        default=0.0,
+        description=f"Seconds to wait for the end; more than {limits.API_WAIT_MAX_S:g} counts as that.",
+    )
 
 
 class LogQuery(Message):
     """GET /tasks/{id}/logs."""
 
-    stream: Literal["stdout", "stderr"] = "stdout"
-    offset: Annotated[int, Field(ge=-OFFSET_MAX, le=OFFSET_MAX)] = 0
-    limit: Annotated[int, Field(ge=1, le=limits.OUTPUT_READ_MAX_BYTES)] = limits.OUTPUT_READ_MAX_BYTES
-    run: Annotated[int, Field(ge=1, le=OFFSET_MAX)] | None = None
-    follow: bool = False
+    stream: Literal["stdout", "stderr"] = Field(default="stdout", description="Which of the two.")
+    offset: Annotated[int, Field(ge=-OFFSET_MAX, le=OFFSET_MAX)] = Field(
+        default=0, description="The first byte; negative: so many before the end."
+    )
+    limit: Annotated[int, Field(ge=1, le=limits.OUTPUT_READ_MAX_BYTES)] = Field(
+        default=limits.OUTPUT_READ_MAX_BYTES, description="Bytes at most. No bound of a stream of events."
+    )
+    run: Annotated[int, Field(ge=1, le=OFFSET_MAX)] | None = Field(
+        default=None, description="The number of the run, from 1; without it the last one."
+    )
+    follow: bool = Field(default=False, description="Answer as a stream of events until the output ends.")
 
 
 _LIST_FIELDS: Final = frozenset({"state", "label"})

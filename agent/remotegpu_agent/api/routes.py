@@ -1,4 +1,4 @@
-"""The table of calls. To add one: a handler, a line here, its models in `remotegpu_schemas.api`."""
+"""The table of calls. To add one: a handler, a line here, its models in `remotegpu_schemas.api`, its description."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from remotegpu_agent.api import administration, handlers
 from remotegpu_agent.api.context import Route
 from remotegpu_agent.api.logs import read_logs
 from remotegpu_agent.api.settings import LegacyCall
-
-BASE_PATH: Final = "/api/v1"
 
 ROUTES: Final = (
     Route(name="ping", method="GET", path="/ping", handler=handlers.ping, is_public=True),
@@ -29,6 +27,7 @@ ROUTES: Final = (
     ),
     Route(name="queue_status", method="GET", path="/queue/status", handler=handlers.queue_status),
     Route(name="metrics", method="GET", path="/metrics", handler=administration.metrics, root_path="/metrics"),
+    Route(name="openapi", method="GET", path="/openapi.json", handler=handlers.openapi),
     Route(name="task_submit", method="POST", path="/tasks", handler=handlers.submit_tasks),
     Route(name="task_list", method="GET", path="/tasks", handler=handlers.list_tasks),
     Route(name="task_show", method="GET", path="/tasks/{task_id}", handler=handlers.show_task),

@@ -22,8 +22,8 @@ from remotegpu_agent.api.envelope import HEADERS
 from remotegpu_agent.api.failures import Failures
 from remotegpu_agent.api.listener import Ended, Listener
 from remotegpu_agent.api.origins import own_names
-from remotegpu_agent.api.routes import BASE_PATH, ROUTES
-from remotegpu_agent.api.settings import STOP_PATIENCE_S, ApiSettings, Endpoints
+from remotegpu_agent.api.routes import ROUTES
+from remotegpu_agent.api.settings import BASE_PATH, STOP_PATIENCE_S, ApiSettings, Endpoints
 from remotegpu_agent.api.sockets import group_id_of, open_tcp, open_unix, parse_listen, remove_unix, url_of
 from remotegpu_agent.api.tokens import make_token_file
 from remotegpu_agent.audit import AuditLog

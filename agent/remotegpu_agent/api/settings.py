@@ -15,6 +15,8 @@ from remotegpu_schemas import limits
 IpAddress: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 IpNetwork: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+BASE_PATH: Final = "/api/v1"
+
 SOCKET_GROUP: Final = "remotegpu"
 """Members of this group may use the Unix socket."""
 

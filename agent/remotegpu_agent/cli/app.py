@@ -18,6 +18,7 @@ from remotegpu_agent.cli import (
     doctor,
     drain,
     logs,
+    openapi,
     resume,
     run,
     setup,
@@ -63,6 +64,7 @@ VERBS: Final[Mapping[str, Verb]] = {
     "db backup": database.backup,
     "setup": setup.setup,
     "token new": token.new,
+    "openapi": openapi.openapi,
     "version": version.version,
 }
 """To add a verb: a file with its function, and a line here."""

@@ -231,7 +231,7 @@ def _whereabouts() -> list[tuple[str, object]]:
     """The present directory, where a task that runs as its submitter runs. Nothing if it is gone or is not UTF-8."""
     with contextlib.suppress(OSError, UnicodeEncodeError):
         here = os.getcwd()
-        if len(here.encode("utf-8")) <= limits.PATH_MAX_BYTES:
+        if len(here.encode("utf-8")) <= limits.PATH_MAX_CHARS:
             return [("directory", here)]
     return []
 

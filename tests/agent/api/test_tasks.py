@@ -38,6 +38,8 @@ async def test_a_page_of_tasks(api: Api) -> None:
     ("query", "field"),
     [
         ("state=flying", "state.0"),
+        ("state=", "state.0"),
+        ("state=running,", "state.1"),
         ("label=team", "label.0"),
         ("label==x", "label.0"),
         ("limit=0", "limit"),

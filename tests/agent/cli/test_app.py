@@ -386,3 +386,12 @@ def test_console_script() -> None:
     path = Path(sys.executable).with_name("remotegpu-agent")
     done = subprocess.run([path, "version"], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.startswith("remotegpu-agent 0.")
+
+
+def test_openapi_needs_no_agent(cli: Cli) -> None:
+    """`openapi` prints the document that a running agent serves."""
+    from remotegpu_agent.api.openapi import text
+    from remotegpu_agent.api.routes import ROUTES
+
+    found = cli("openapi")
+    assert (found.code, found.err, found.out) == (0, "", text(ROUTES))
