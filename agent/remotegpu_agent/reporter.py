@@ -124,8 +124,10 @@ class Reporter:
         self._missing_routes.clear()
 
     async def contact_is_back(self) -> None:
-        """Bring forward what the outage has put off: all starts, since some planes renew nothing before, and a few
-        others, each delivery of which brings forward more. Never raises for the store: they go in their own time."""
+        """Bring forward what the outage has put off: all starts, and a few others, each of which brings forward more.
+
+        Starts are in a hurry, since some planes renew no lease before them. A failing store costs delay only.
+        """
         now_ns = self._clock.boottime_ns()
         try:
             await self._store.write(lambda db: outbox.hasten_starts(db, now_ns))

@@ -52,7 +52,7 @@ class Link:
                 self._accept, "127.0.0.1", self._port, backlog=_BACKLOG, reuse_address=True
             )
 
-    def hang(self) -> None:
+    async def hang(self) -> None:
         """Connections are accepted and kept, and nothing comes through any more, in either direction."""
         self._flows.clear()
 
