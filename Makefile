@@ -92,8 +92,8 @@ test-system: $(DEV_STAMP) ## what only a real systemd can prove, in the test bed
 
 .PHONY: test-long
 test-long: $(DEV_STAMP) ## the tests that try more the longer they run, at full length (PYTEST_ARGS=...)
-	@REMOTEGPU_LONG_TESTS=1 $(PYTHON) -m pytest tests/simulation tests/sidecar/test_abuse.py \
-	  tests/sidecar/test_flood.py $(PYTEST_ARGS)
+	@REMOTEGPU_LONG_TESTS=1 $(PYTHON) -m pytest tests/simulation tests/chaos \
+	  tests/sidecar/test_abuse.py tests/sidecar/test_flood.py $(PYTEST_ARGS)
 
 .PHONY: bench
 bench: $(DEV_STAMP) ## the benchmarks (BENCH_ARGS=...)
