@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import aiohttp
+import psutil
 
 from tests.waiting import DEADLINE_S, until
 
@@ -97,6 +98,19 @@ class AgentProcess:
     async def kill(self) -> None:
         """SIGKILL, as the kernel's OOM killer would."""
         await self._end(signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """SIGSTOP: it does nothing more until `thaw`; a frozen one can be killed."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    @property
+    def spawner(self) -> psutil.Process:
+        """Its spawner, once it has launched something."""
+        return next(child for child in psutil.Process(self.pid).children() if child.name() == "remotegpu-spawn")
 
     async def stop(self) -> int:
         """SIGTERM; the exit code."""

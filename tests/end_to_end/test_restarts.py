@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import subprocess
 from pathlib import Path
 
@@ -60,7 +58,7 @@ async def test_f05_an_end_that_the_agent_did_not_see_is_stored_after_the_restart
     async with agent(tmp_path) as host:
         task_id = await host.submit(script=f"{gate.wait}; exit 4")
         pid = (await host.wait_running(task_id))["process_id"]
-        os.kill(host.pid, signal.SIGSTOP)
+        host.freeze()
         gate.open()
         record = next((host.state_dir / "attempts").iterdir()) / "record"
         await until_so(lambda: is_gone(pid) and b'"kind":"ended"' in record.read_bytes())
@@ -75,8 +73,7 @@ async def test_f08_a_killed_spawner_is_replaced(tmp_path: Path) -> None:
     async with agent(tmp_path, capacity={"max_concurrent": 2}) as host:
         running = await host.submit(command="sleep 60")
         before = await host.wait_running(running)
-        spawner = next(child for child in psutil.Process(host.pid).children() if child.name() == "remotegpu-spawn")
-        spawner.kill()
+        host.spawner.kill()
         assert (await host.wait_for(await host.submit(command="true")))["state"] == "completed"
         assert (await host.get(f"/tasks/{running}"))["process_id"] == before["process_id"]
         await host.post(f"/tasks/{running}/cancel")
