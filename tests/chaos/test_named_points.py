@@ -94,10 +94,10 @@ async def test_f02_killed_after_storing_before_launch(tmp_path: Path, is_over: b
             await at_plane(both, task_id, "pending")
         await both.host.start()
         [task] = await both.ended([task_id])
-        assert [attempt["state"] for attempt in task["attempt_list"]][:-1] in (
-            [["lapsed"], ["given_up"]] if is_over else [[]]
-        )
-        check_once(task, trace, [*(attempt["state"] for attempt in task["attempt_list"][:-1]), "completed"])
+        first = task["attempt_list"][0]["state"]
+        if is_over:
+            assert first in {"lapsed", "given_up"}  # the agent may have said so, or not
+        check_once(task, trace, [first, "completed"] if is_over else ["completed"])
 
 
 async def test_f03_killed_between_launch_and_storing_the_identity(tmp_path: Path) -> None:
