@@ -160,6 +160,7 @@ async def test_f15_a_refused_renewal_stops_the_tree_within_the_grace_period(tmp_
         [task_id] = await both.submit({"script": script, "grace_period_sec": grace_s, "renew_interval_sec": 0.2})
         await both.host.wait_running(task_id)
         await until_so(file.exists)
+        await both.host.post("/drain")  # else it would claim the task again
         both.plane.faults.order_always("renew", Respond(CODES[Code.LEASE_EXPIRED].http_status, refusal, _JSON))
         detail = await both.host.wait_for(task_id)
         assert (detail["state"], detail["cause"]) == ("failed", "lease_lost")
