@@ -6,6 +6,7 @@ Never raises for what the other side does; no connection and a timeout are answe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 import urllib.parse
 import urllib.request
@@ -93,6 +94,7 @@ class ControlPlane:
         # Looked up once: aiohttp's `trust_env` asks two threads at each request.
         self._proxy = proxy_for(url)
         self._session: aiohttp.ClientSession | None = None
+        self._back = asyncio.Event()
         self.contact = Contact()
 
     async def __aenter__(self) -> Self:
@@ -136,6 +138,18 @@ class ControlPlane:
         """POST /tasks/{id}/result/upload-url; only where the plane's `features` name `upload-url`."""
         return await self._call(f"/tasks/{task_id}/result/upload-url", request.body())
 
+    async def pause(self, seconds: float, after: Answer) -> None:
+        """Wait before a call is made again; where nothing answered it, no longer than until another call is answered.
+
+        What the plane itself has put off waits its time, whatever becomes of other calls.
+        """
+        back = self._back
+        at_least_s = seconds if after.http_status != 0 else min(seconds, limits.RECONNECT_PAUSE_MIN_S)
+        await asyncio.sleep(at_least_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds - at_least_s):
+                await back.wait()
+
     async def _call(self, path: str, body: JsonObject, *, extra_s: float = 0, timeout_s: float | None = None) -> Reply:
         reply = await self._try(path, body, (timeout_s or self._timeout_s) + extra_s)
         self._note(reply.answer)
@@ -174,6 +188,8 @@ class ControlPlane:
         self.contact.error = None if works else answer.message
         if works and not was_connected:
             log.info("the control plane answers", url=self._url)
+            self._back.set()
+            self._back = asyncio.Event()
             self._on_reconnect()
         elif was_connected and not works:
             log.warning("the control plane does not answer as it should", url=self._url, error=answer.message)

@@ -87,6 +87,9 @@ QUEUE_LOOK_AHEAD = 32
 QUEUE_MAX_TASKS = 200_000
 OUTBOX_MAX_ROWS = 100_000
 
+# A call that is cut off each time is repeated no faster than this, however often others get through.
+RECONNECT_PAUSE_MIN_S = 1.0
+
 # Reports on their way at once, over all attempts.
 REPORTS_IN_FLIGHT_MAX = 16
 # After an outage a delivery brings forward so many of those that were put off: their number on the way doubles up to
