@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import statistics
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+import psutil
 import pytest
 
 from tests.chaos.seeds import seeded
@@ -17,7 +19,7 @@ from tests.chaos.traces import Traces, processes_in
 from tests.end_to_end.agent_process import AgentProcess
 from tests.end_to_end.fleet import fleet
 from tests.scale import scaled
-from tests.waiting import until_so
+from tests.waiting import DEADLINE_S, until_so
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ _KILLS: Final = scaled(8, 100)
 _SECONDS: Final = (0, 0.05, 0.3, 1.5)
 _LEASE_S: Final = 10.0
 """What a killed agent had claimed and not stored comes back within the test."""
+_SUPERVISED_TASKS: Final = scaled(24, 100)
+_SUPERVISOR_KILLS: Final = scaled(8, 60)
 
 
 @pytest.mark.timeout(scaled(180, 1800))
@@ -73,3 +77,44 @@ async def _until_a_random_moment(host: AgentProcess, chance: random.Random, read
     await host.wait_ready()
     ready_s.append(time.monotonic() - began_s)
     await asyncio.sleep(chance.uniform(0.0, 1.0))
+
+
+@pytest.mark.timeout(180)
+async def test_f08_f09_spawners_and_shims_killed_at_random_moments(tmp_path: Path) -> None:
+    """F08, F09: lost runs are repeated at no cost: one right result each, never two at once, and nothing is left."""
+    with seeded("tests/chaos/test_kills.py") as chance:
+        traces = Traces(tmp_path / "traces")
+        traces.directory.mkdir()
+        codes = {f"t-{number:03}": number % 3 for number in range(_SUPERVISED_TASKS)}
+        tasks = [traces.task(name, seconds=chance.choice(_SECONDS), code=code) for name, code in codes.items()]
+        async with fleet(tmp_path) as both:
+            await both.submit(*tasks)
+            await both.plane.faults.wait_calls("start", 1, DEADLINE_S)
+            for _ in range(_SUPERVISOR_KILLS):
+                await asyncio.sleep(chance.uniform(0.0, 0.6))
+                _kill_a_supervisor(both.host, chance)
+            results = await both.ended(list(codes), 120)
+            lost = 0
+            for task in results:
+                traces.check(task, codes[task["id"]], may_repeat=True)
+                detail = await both.host.get(f"/tasks/{task['id']}")
+                assert detail["retries_used"] == 0, detail
+                lost += sum(run["cause"] == "agent_lost" for run in detail["runs"])
+            log.info("%d runs were lost, and repeated", lost)
+            assert not traces.twice()
+        await until_so(lambda: not processes_in(tmp_path))
+
+
+def _kill_a_supervisor(host: AgentProcess, chance: random.Random) -> None:
+    """The spawner, or one of the shims that live now."""
+    alive = [process for process in processes_in(host.directory) if _name_of(process) == "remotegpu-shim"]
+    with contextlib.suppress(psutil.NoSuchProcess, StopIteration):  # gone meanwhile, or not there yet
+        alive.append(host.spawner)
+        chance.choice(alive).kill()
+
+
+def _name_of(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
