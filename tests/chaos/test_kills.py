@@ -54,7 +54,7 @@ async def _storm(tmp_path: Path, chance: random.Random) -> None:
             await both.host.kill()
         killed_s = time.monotonic() - began_s
         await both.host.start()
-        results = await both.ended(list(codes), 120)
+        results = await both.ended(list(codes), scaled(120, 600))
         fenced = sum(traces.check(task, codes[task["id"]]) for task in results)
         log.info(
             "%d tasks, %d kills in %.0f s, all ended after %.0f s; ready after %.2f s (median), %.2f s (most); "
@@ -86,14 +86,14 @@ async def test_f08_f09_spawners_and_shims_killed_at_random_moments(tmp_path: Pat
         traces = Traces(tmp_path / "traces")
         traces.directory.mkdir()
         codes = {f"t-{number:03}": number % 3 for number in range(_SUPERVISED_TASKS)}
-        tasks = [traces.task(name, seconds=chance.choice(_SECONDS), code=code) for name, code in codes.items()]
-        async with fleet(tmp_path) as both:
+        tasks = [traces.task(name, seconds=chance.choice(_SECONDS[2:]), code=code) for name, code in codes.items()]
+        async with fleet(tmp_path, {"breaker": {"failures": 0}}) as both:  # many fail on purpose
             await both.submit(*tasks)
             await both.plane.faults.wait_calls("start", 1, DEADLINE_S)
             for _ in range(_SUPERVISOR_KILLS):
                 await asyncio.sleep(chance.uniform(0.0, 0.6))
                 _kill_a_supervisor(both.host, chance)
-            results = await both.ended(list(codes), 120)
+            results = await both.ended(list(codes), scaled(120, 600))
             lost = 0
             for task in results:
                 traces.check(task, codes[task["id"]], may_repeat=True)
