@@ -29,6 +29,7 @@ class Disturber:
         self._past_lease_s = past_lease_s
         # One source each, so that what one of them does not move what another does.
         self._chances = [random.Random(chance.random()) for _ in range(2 + 2 * len(fleet.hosts))]
+        self._calls_when_ordered: dict[str, int] = {}
         self.count = 0
 
     async def run(self, duration_s: float) -> None:
@@ -101,7 +102,10 @@ class Disturber:
 
     async def _spoil_an_answer(self, chance: random.Random) -> None:
         call = chance.choice(_CALLS)
-        self._fleet.plane.faults.order(call, _fault(call, chance))
+        fault, calls = _fault(call, chance), self._fleet.plane.faults.calls[call]
+        if calls > self._calls_when_ordered.get(call, -1):  # else the last one still waits for its call
+            self._calls_when_ordered[call] = calls
+            self._fleet.plane.faults.order(call, fault)
 
     async def _restart_plane(self, chance: random.Random) -> None:
         await self._fleet.plane.stop()

@@ -23,7 +23,7 @@ from tests.waiting import until_so
 log = logging.getLogger(__name__)
 
 _DISTURBED_S: Final = scaled(15, 300)
-_TASKS: Final = scaled(60, 1200)
+_TASKS: Final = scaled(60, 500)
 _LEASE_S: Final = 4.0
 _SECONDS: Final = (0, 0.1, 0.5, 2, 5)
 _SETTINGS: Final = {
@@ -56,7 +56,7 @@ async def _mix(tmp_path: Path, chance: random.Random) -> None:
             mended_s = time.monotonic() - began_s
             for host in all_of_it.hosts:
                 await host.wait_ready()
-            results = await all_of_it.ended(list(codes), 90)
+            results = await all_of_it.ended(list(codes), scaled(90, 300))
         fenced = sum(traces.check(task, codes[task["id"]]) for task in results)
         log.info(
             "%d tasks, %d disturbances in %.0f s, all ended after %.0f s; %d attempts were fenced",
