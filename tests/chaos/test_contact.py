@@ -24,6 +24,8 @@ from tests.waiting import DEADLINE_S, until_so
 _JSON: Final = {"Content-Type": "application/json"}
 _BUSY_S: Final = 3.0
 """So late may a signal be on a machine that many share."""
+_ONE_SLOT: Final = {"capacity": {"max_concurrent": 1}}
+"""While the one task runs no claim is on its way; drained, the host does not claim it again either."""
 _DEAF: Final = "trap '' TERM; while :; do date +%s.%N >>{file}; sleep 0.05; done"
 """It does not heed its stop signal, and writes the time down."""
 
@@ -56,7 +58,7 @@ async def test_f11_the_whole_tree_is_dead_at_the_deadline(tmp_path: Path) -> Non
     """F11: cut off, with a deaf task and its daemon: neither is alive when the plane's lease ends."""
     file = tmp_path / "alive"
     async with fleet(tmp_path, {"lease": {"margin": 0.5}}, lease_ttl_s=4.0) as both:
-        [task_id] = await both.submit({"script": deaf(file), "grace_period_sec": 1})
+        [task_id] = await both.submit({"script": deaf(file), "timeout": 90, "grace_period_sec": 1})
         await both.host.wait_running(task_id)
         await until_so(file.exists)
         await both.link.cut()
@@ -70,11 +72,11 @@ async def test_f11_the_whole_tree_is_dead_at_the_deadline(tmp_path: Path) -> Non
 async def test_f11_what_finished_in_time_is_delivered_after_the_lease(tmp_path: Path) -> None:
     """F11: the task ends while the link is cut, within its lease; its result counts, although it comes after it."""
     gate = Gate(tmp_path / "gate")
-    async with fleet(tmp_path, {"lease": {"margin": 0.2}}, lease_ttl_s=3.0) as both:
+    async with fleet(tmp_path, {**_ONE_SLOT, "lease": {"margin": 0.2}}, lease_ttl_s=3.0) as both:
         [task_id] = await both.submit({"command": f"{gate.wait}; echo in time"})
         await both.host.wait_running(task_id)
         await at_plane(both, task_id, "running")
-        await both.host.post("/drain")  # else it might claim the task again before it has delivered
+        await both.host.post("/drain")
         await both.link.cut()
         gate.open()
         assert (await both.host.wait_for(task_id))["state"] == "completed"
@@ -88,9 +90,9 @@ async def test_f11_what_finished_in_time_is_delivered_after_the_lease(tmp_path: 
 async def test_f12_continue_ends_when_the_plane_says_so(tmp_path: Path) -> None:
     """F12: with `on_unreachable: continue` the run outlives its lease; 30003 after the outage stops all of it."""
     file = tmp_path / "alive"
-    settings = {"lease": {"margin": 0.5, "on_unreachable": "continue"}}
+    settings = {**_ONE_SLOT, "lease": {"margin": 0.5, "on_unreachable": "continue"}}
     async with fleet(tmp_path, settings, lease_ttl_s=2.0) as both:
-        [task_id] = await both.submit({"script": deaf(file), "grace_period_sec": 1})
+        [task_id] = await both.submit({"script": deaf(file), "timeout": 90, "grace_period_sec": 1})
         before = await both.host.wait_running(task_id)
         await until_so(file.exists)
         await both.host.post("/drain")
@@ -158,11 +160,13 @@ async def test_f15_a_refused_renewal_stops_the_tree_within_the_grace_period(tmp_
         f"trap 'date +%s.%N >>{told}' TERM; setsid bash -c \"{_DEAF.format(file=file)}\" & "
         f"while :; do date +%s.%N >>{file}; sleep 0.05; done"
     )
-    async with fleet(tmp_path, lease_ttl_s=60.0) as both:
-        [task_id] = await both.submit({"script": script, "grace_period_sec": grace_s, "renew_interval_sec": 0.2})
+    async with fleet(tmp_path, _ONE_SLOT, lease_ttl_s=60.0) as both:
+        [task_id] = await both.submit(
+            {"script": script, "timeout": 90, "grace_period_sec": grace_s, "renew_interval_sec": 0.2}
+        )
         await both.host.wait_running(task_id)
         await until_so(file.exists)
-        await both.host.post("/drain")  # else it would claim the task again
+        await both.host.post("/drain")
         both.plane.faults.order_always("renew", Respond(CODES[Code.LEASE_EXPIRED].http_status, refusal, _JSON))
         detail = await both.host.wait_for(task_id)
         assert (detail["state"], detail["cause"]) == ("failed", "lease_lost")
@@ -201,10 +205,12 @@ _OK: Final = Respond(200, b'{"code": 0, "message": "ok", "data": {}}', _JSON)
 async def test_f51_under_a_lasting_hiccup_the_deadline_alone_decides(tmp_path: Path, status: Any) -> None:
     """F51: bare answers to every renewal stop nothing before the lease's end, which stops it; the result is kept."""
     file = tmp_path / "alive"
-    async with fleet(tmp_path, {"lease": {"margin": 0.5}}, lease_ttl_s=4.0) as both:
+    async with fleet(tmp_path, {**_ONE_SLOT, "lease": {"margin": 0.5}}, lease_ttl_s=4.0) as both:
         both.plane.faults.order_always("renew", hiccup(status))
         both.plane.faults.order("complete", hiccup(status), times=2)
-        [task_id] = await both.submit({"script": deaf(file), "grace_period_sec": 1, "renew_interval_sec": 0.2})
+        [task_id] = await both.submit(
+            {"script": deaf(file), "timeout": 90, "grace_period_sec": 1, "renew_interval_sec": 0.2}
+        )
         ends_s = expires_s(await at_plane(both, task_id, "running"))
         await both.host.post("/drain")
         detail = await both.host.wait_for(task_id)
