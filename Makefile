@@ -106,7 +106,7 @@ test-system: $(DEV_STAMP) ## what only a real systemd can prove, in the test bed
 
 .PHONY: test-long
 test-long: $(DEV_STAMP) postgres ## the tests that try more the longer they run, at full length (PYTEST_ARGS=...)
-	@REMOTEGPU_LONG_TESTS=1 $(PYTHON) -m pytest tests/simulation tests/sidecar/test_abuse.py \
+	@REMOTEGPU_LONG_TESTS=1 $(PYTHON) -m pytest tests/simulation tests/chaos tests/sidecar/test_abuse.py \
 	  tests/sidecar/test_flood.py tests/control_plane/test_instances.py tests/end_to_end/test_api_contract.py \
 	  tests/schemas/test_taskfile_fuzz.py tests/schemas/wire/test_wire_fuzz.py tests/agent/api/test_request_fuzz.py \
 	  $(PYTEST_ARGS)

@@ -170,12 +170,15 @@ class Books:
             units.set_progress(db, attempt_id, *progress, ended_ms, report)
         stop_cause = units.stop_cause(db, attempt_id, run_no) or asked
         outcome = judge(stop_cause)
+        # What costs no retry is not the task's end either: where the lease is over too, it waits, and so ends as
+        # `lease_lost`, which gives it back.
+        may_run = CAUSE_RULES[outcome.cause].retry is Retry.FREE or not self.lease_is_over(attempt)
         after = after_run(
             outcome,
             attempt.task.retry,
             retries_used=attempt.retries_used,
             free_retries_used=attempt.free_retries_used,
-            may_run=not self.lease_is_over(attempt) and not _forbids_more(stop_cause),
+            may_run=may_run and not _forbids_more(stop_cause),
         )
         complete = None
         if after.is_final:

@@ -128,7 +128,7 @@ class Claimer:
                 return await self._take(reply, first_sent_ns, took_s, float(request.wait_sec or 0))
             self._failures += 1
             log.warning("a claim was not answered", error=reply.answer.message, failures=self._failures)
-            await asyncio.sleep(self._retry_after_s(reply))
+            await self._plane.pause(self._retry_after_s(reply), reply.answer)
             # What was given to it is to be had by the same request only, and else lapses.
             may_have_been_obeyed |= reply.verdict in {Verdict.RETRY, Verdict.AMBIGUOUS}
             if reply.verdict is Verdict.INVALID or not may_have_been_obeyed:

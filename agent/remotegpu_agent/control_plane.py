@@ -6,6 +6,7 @@ Never raises for what the other side does; no connection and a timeout are answe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ class ControlPlane:
         self._on_reconnect = on_reconnect
         self._token = ""
         self._session: aiohttp.ClientSession | None = None
+        self._back = asyncio.Event()
         self.contact = Contact()
 
     async def __aenter__(self) -> Self:
@@ -134,6 +136,18 @@ class ControlPlane:
     async def upload_url(self, task_id: TaskId, request: UploadUrlRequest) -> Reply:
         """POST /tasks/{id}/result/upload-url; only where the plane's `features` name `upload-url`."""
         return await self._call(f"/tasks/{task_id}/result/upload-url", request.body())
+
+    async def pause(self, seconds: float, after: Answer) -> None:
+        """Wait before a call is made again; where nothing answered it, no longer than until another call is answered.
+
+        What the plane itself has put off waits its time, whatever becomes of other calls.
+        """
+        back = self._back
+        at_least_s = seconds if after.http_status != 0 else min(seconds, limits.RECONNECT_PAUSE_MIN_S)
+        await asyncio.sleep(at_least_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds - at_least_s):
+                await back.wait()
 
     async def _call(
         self,
@@ -207,6 +221,8 @@ class ControlPlane:
         contact.error = self._error(answer) if contact.problem is not None else None
         if contact.is_connected and not was_connected:
             log.info("the control plane answers", url=self._url)
+            self._back.set()
+            self._back = asyncio.Event()
             self._on_reconnect()
         elif contact.problem is not None and contact.problem is not problem_before:
             log.warning(

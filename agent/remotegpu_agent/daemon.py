@@ -57,7 +57,7 @@ from remotegpu_agent.standing import Standing
 from remotegpu_agent.supervise import Loops
 from remotegpu_agent.task_user import SUBMITTER, find_user
 from remotegpu_agent.tls import TlsFiles
-from remotegpu_queue import damage, outbox, units, views
+from remotegpu_queue import damage, units, views
 from remotegpu_queue.admission import Floors, Readings
 from remotegpu_queue.breaker import Rules
 from remotegpu_queue.outbox import Report
@@ -549,15 +549,8 @@ class Agent:
 
     def _on_reconnect(self) -> None:
         self._leases.renew_all_now()
-        self._loops.spawn("hasten", self._hasten_starts)
-
-    async def _hasten_starts(self) -> None:
-        now_ns = self._clock.boottime_ns()
-        try:
-            await self._store.write(lambda db: outbox.hasten_starts(db, now_ns))
-        except StoreUnavailable as error:
-            log.error("start reports cannot be brought forward; they go in their own time", error=str(error))
-        self._on_report()
+        if self._reporter is not None:
+            self._loops.spawn("hasten", self._reporter.contact_is_back)
 
     def _on_registered(self) -> None:
         self._on_free()

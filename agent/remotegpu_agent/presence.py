@@ -96,7 +96,7 @@ class Presence:
             pause_s = backoff.full_jitter(
                 failures - 1, base_s=5.0 if is_slow else 0.5, cap_s=60.0, fraction=self._random()
             )
-            await asyncio.sleep(max(pause_s, reply.answer.retry_after_s or 0.0))
+            await self._plane.pause(max(pause_s, reply.answer.retry_after_s or 0.0), reply.answer)
         self.features = parse_features(reply.answer.data)
         log.info("registered", machine_id=self._machine_id, features=sorted(self.features))
         self.registered.set()

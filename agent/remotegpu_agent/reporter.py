@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import sqlite3
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +55,8 @@ _GROWING: Final = Decision(Fate.AGAIN, base_s=1.0, cap_s=300.0)
 _GIVE_UP_TRIES_MIN: Final = 100
 _OPTIONAL_KINDS: Final = frozenset({"progress", "release"})
 _STORE_RETRY_S: Final = 1.0
+_ABOUT_THE_PLANE: Final = frozenset({Verdict.RETRY, Verdict.UNAUTHORIZED})
+"""What would have met every other report as well."""
 
 
 def decide(kind: str, verdict: Verdict, age_s: float) -> Decision:
@@ -109,15 +112,31 @@ class Reporter:
         self._missing_routes: set[str] = set()
         self._asked_until_ns = 0
         """Retry-After of any report counts for all: a plane that is short of time is not asked by the next one."""
+        self._hastened: set[AttemptId] = set()
+        self._apart: dict[AttemptId, int] = {}
+        """Those that wait for a reason of their own, and until when (CLOCK_BOOTTIME ns): never brought forward."""
         self._failures = 0
 
     def changed(self) -> None:
-        """A report was added, or contact is back."""
+        """A report was added."""
         self._changed.set()
 
     def registered(self) -> None:
         """After a register every call is tried again."""
         self._missing_routes.clear()
+
+    async def contact_is_back(self) -> None:
+        """Bring forward what the outage has put off: all starts, and a few others, each of which brings forward more.
+
+        Starts are in a hurry, since some planes renew no lease before them. A failing store costs delay only.
+        """
+        now_ns = self._clock.boottime_ns()
+        try:
+            await self._store.write(lambda db: outbox.hasten_starts(db, now_ns))
+            self._hastened.update(await self._store.write(self._hasten()))
+        except StoreUnavailable as error:
+            log.error("reports cannot be brought forward; they go in their own time", error=str(error))
+        self._changed.set()
 
     async def run(self) -> None:
         """Deliver for ever."""
@@ -200,16 +219,46 @@ class Reporter:
         await self._store_fate(report, answer, decision, now_ms)
         self._on_settled(report, decision.fate)
 
+    async def _store_delivered(self, report: Report) -> None:
+        """Where one gets through, those can that were put off: at once, but not all at once."""
+        hasten = self._hasten()
+
+        def unit(db: sqlite3.Connection) -> list[AttemptId]:
+            outbox.report_delivered(db, report)
+            return hasten(db)
+
+        self._hastened.update(await self._store.write(unit))
+
+    def _hasten(self) -> Callable[[sqlite3.Connection], list[AttemptId]]:
+        """A unit that brings forward a few; it gives their attempts."""
+        now_ns = self._clock.boottime_ns()
+        if len(self._apart) > limits.REPORTS_APART_MAX:
+            self._apart = {attempt_id: due_ns for attempt_id, due_ns in self._apart.items() if due_ns > now_ns}
+        count = limits.REPORTS_HASTENED_PER_DELIVERY if len(self._apart) <= limits.REPORTS_APART_MAX else 0
+        apart = list(self._apart) if count else []
+        return lambda db: outbox.hasten(db, now_ns, count, apart)
+
+    def _waits_apart(self, answer: Answer, *, was_hastened: bool) -> bool:
+        """Whether the plane has put off this report, not all of them; in vain is none brought forward twice."""
+        if answer.verdict not in _ABOUT_THE_PLANE or answer.retry_after_s is not None:
+            return True
+        return was_hastened and answer.http_status != 0
+
     async def _store_fate(self, report: Report, answer: Answer, decision: Decision, now_ms: int) -> None:
+        was_hastened = report.attempt_id in self._hastened
+        self._hastened.discard(report.attempt_id)
+        self._apart.pop(report.attempt_id, None)
         match decision.fate:
             case Fate.DELIVERED:
-                await self._store.write(lambda db: outbox.report_delivered(db, report))
+                await self._store_delivered(report)
             case Fate.AGAIN:
                 pause_s = backoff.full_jitter(
                     report.tries, base_s=decision.base_s, cap_s=decision.cap_s, fraction=self._random()
                 )
                 pause_s = max(pause_s, answer.retry_after_s or 0.0)
                 due_ns = self._clock.boottime_ns() + round(pause_s * 1e9)
+                if self._waits_apart(answer, was_hastened=was_hastened):
+                    self._apart[report.attempt_id] = due_ns
                 await self._store.write(lambda db: outbox.report_retry(db, report.id, due_ns, answer.message, now_ms))
             case Fate.DEAD:
                 await self._store.write(lambda db: outbox.report_dead(db, report.id, answer.message))

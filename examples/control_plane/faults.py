@@ -63,7 +63,10 @@ def hiccup(status: Literal[404, 409, 410], *, in_body: bool = False) -> Respond:
 
 
 class Faults:
-    """What is ordered and not used up yet. `calls` counts the calls by name, faulty or not."""
+    """What is ordered and not used up yet. `calls` counts the calls by name, faulty or not.
+
+    `most_at_once` is the greatest number of them that were under way together since `watch_load`.
+    """
 
     def __init__(self) -> None:
         self._ordered: dict[str, deque[Fault]] = {}
@@ -71,6 +74,8 @@ class Faults:
         self._holds: list[Hold] = []
         self._called = Bell()
         self.calls: Counter[str] = Counter()
+        self._under_way = 0
+        self.most_at_once = 0
 
     def order(self, call: str, *faults: Fault, times: int = 1) -> None:
         """The next calls of this name meet these faults, one each, the whole row `times` over."""
@@ -104,6 +109,10 @@ class Faults:
                     return
                 await rung.wait()
 
+    def watch_load(self) -> None:
+        """Count the calls that are under way together from now on."""
+        self.most_at_once = self._under_way
+
     def next_fault(self, call: str) -> Fault | None:
         """Count a call, and take the fault that it meets."""
         self.calls[call] += 1
@@ -118,7 +127,16 @@ class Faults:
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Outermost: what is ordered happens to the call."""
         name = request.match_info.route.name
-        fault = self.next_fault(name) if name is not None else None
+        if name is None:
+            return await handler(request)
+        self._under_way += 1
+        self.most_at_once = max(self.most_at_once, self._under_way)
+        try:
+            return await self._meet(self.next_fault(name), request, handler)
+        finally:
+            self._under_way -= 1
+
+    async def _meet(self, fault: Fault | None, request: web.Request, handler: Handler) -> web.StreamResponse:
         match fault:
             case None:
                 return await handler(request)

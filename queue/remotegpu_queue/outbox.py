@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -192,6 +192,12 @@ def drop_reports(db: sqlite3.Connection, attempt_id: AttemptId) -> None:
 def hasten_starts(db: sqlite3.Connection, now_ns: int) -> None:
     """Start reports that were put off are due now: some planes renew a lease only after an accepted start."""
     db.execute(SQL["hasten_starts"], {"now_ns": now_ns})
+
+
+def hasten(db: sqlite3.Connection, now_ns: int, limit: int, apart: Collection[AttemptId]) -> list[AttemptId]:
+    """Of what was put off, `limit` reports are due now, the next ones first; none of the attempts `apart`. Whose."""
+    names = {"now_ns": now_ns, "limit": limit, "apart": json.dumps(list(apart))}
+    return [AttemptId(row["attempt_id"]) for row in db.execute(SQL["hasten_reports"], names).fetchall()]
 
 
 def is_full(db: sqlite3.Connection, bound: int = limits.OUTBOX_MAX_ROWS) -> bool:

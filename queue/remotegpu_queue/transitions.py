@@ -185,7 +185,7 @@ class AfterRun:
 def after_run(
     outcome: Outcome, policy: RetryPolicy, *, retries_used: int, free_retries_used: int, may_run: bool = True
 ) -> AfterRun:
-    """Decide whether the task gets another run. `may_run` is false when its lease is over or its end was asked for."""
+    """Decide whether the task gets another run; `may_run` is false when it must not, its end having been asked for."""
     rule = CAUSE_RULES[outcome.cause]
     if may_run and rule.retry is Retry.FREE and free_retries_used < limits.FREE_RETRIES_MAX:
         event = TaskEvent.PREEMPT if outcome.cause is Cause.PREEMPTED else TaskEvent.RETRY

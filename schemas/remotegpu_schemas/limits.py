@@ -122,8 +122,16 @@ QUEUE_LOOK_AHEAD = 32
 QUEUE_MAX_TASKS = 200_000
 OUTBOX_MAX_ROWS = 100_000
 
+# A call that is cut off each time is repeated no faster than this, however often others get through.
+RECONNECT_PAUSE_MIN_S = 1.0
+
 # Reports on their way at once, over all attempts.
 REPORTS_IN_FLIGHT_MAX = 16
+# After an outage a delivery brings forward so many of those that were put off: their number on the way doubles up to
+# the bound above as long as the plane takes them, and stays small while it takes no more than every second one.
+REPORTS_HASTENED_PER_DELIVERY = 2
+# So many reports are remembered as put off for a reason of their own; with more, none is brought forward.
+REPORTS_APART_MAX = 1000
 TASK_PROCESSES_MAX = 16_384
 """Processes and threads of one run: a fork bomb stops here, far below a host's pid_max (32,768 at least, as a rule
 4,194,304), while a training with data loaders on 256 processors, a few threads each, stays below it."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from remotegpu_agent.recovery import Recovered, recover
-from remotegpu_queue import units, views
+from remotegpu_queue import outbox, units, views
 from remotegpu_queue.rows import Attempt
 from remotegpu_schemas.attempt import EndedBy, ProcessIdentity, RunEnded, RunNo, RunRecord, RunSpec, RunStarted
 from remotegpu_schemas.states import Cause, TaskState
@@ -134,6 +134,30 @@ async def test_f02_a_run_row_without_a_directory_never_started(parts: Host, stop
     after = await parts.attempt(attempt.attempt_id)
     assert after.state is (TaskState.CANCELLED if stop else TaskState.PENDING)
     assert await recover(parts.store, parts.executor, []) == Recovered(0, 0)
+
+
+async def test_f02_f09_a_run_that_was_lost_with_its_lease_goes_back(parts: Host) -> None:
+    """F02, F09: a lost run costs its task nothing; where the lease is over as well, the plane hears `lease_lost`.
+
+    `agent_lost` would be the task's end there, although it has never run.
+    """
+    attempt = await begun(parts, ttl_s=5.0)
+    parts.clock.move(6.0)
+    [run] = await parts.store.read(views.open_runs)
+    parts.executor.adopt(attempt, run, found(parts, attempt, AdoptedState.NEVER_STARTED))
+    await parts.has_settled()
+    [ended] = await _ended_runs(parts)
+    assert ended.cause is Cause.AGENT_LOST
+    parts.executor.hold_lease(await parts.attempt(attempt.attempt_id))
+
+    async def is_final() -> bool:
+        return (await parts.attempt(attempt.attempt_id)).state.is_final
+
+    await until(is_final)
+    after = await parts.attempt(attempt.attempt_id)
+    assert (after.state, after.cause) == (TaskState.FAILED, Cause.LEASE_LOST)
+    [report] = (await parts.store.read(lambda db: outbox.due_reports(db, 0, 10)))[0]
+    assert (report.kind, report.body["cause"]) == ("complete", Cause.LEASE_LOST)
 
 
 async def test_f03_a_live_run_is_adopted_with_its_lease(parts: Host) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from control_plane.faults import DropAfter, Hold, Respond, hiccup
+from control_plane.faults import DropAfter, DropBefore, Hold, Respond, hiccup
 from remotegpu_agent.reporter import Fate, Reporter
 from remotegpu_agent.supervise import Loops
 from remotegpu_queue import outbox, views
@@ -394,3 +394,47 @@ async def test_what_was_settled_while_the_outbox_was_read_is_not_sent_again(
     await delivery.add("other", "start")
     await delivery.calls("start", 2)
     assert delivery.contact.plane.faults.calls["complete"] == 1
+
+
+async def test_f16_each_delivery_brings_others_forward(delivery: Delivery) -> None:
+    """F16: what an outage has put off for up to a minute is delivered as soon as the plane takes a report again."""
+    faults = delivery.contact.plane.faults
+    faults.order("complete", DropBefore(), times=40)
+    for number in range(40):
+        await delivery.add(f"a{number}", "complete")
+    for number in range(40):
+        await delivery.tried(f"a{number}")
+    faults.order_always("complete", OK)
+    await delivery.reporter.contact_is_back()
+    await delivery.delivered.wait(40)
+    await delivery.is_empty()
+    assert faults.calls["complete"] == 80
+
+
+async def test_f51_what_waits_for_its_own_reason_is_not_brought_forward(delivery: Delivery) -> None:
+    """F51: the plane takes others' reports; the one that it has refused alone waits for its own time."""
+    faults = delivery.contact.plane.faults
+    faults.order("complete", hiccup(404))
+    faults.order_always("complete", OK)
+    await delivery.add("odd", "complete")
+    before = await delivery.tried("odd")
+    await delivery.reporter.contact_is_back()
+    for number in range(3):
+        await delivery.add(f"a{number}", "complete")
+    await delivery.delivered.wait(3)
+    assert await delivery.row("odd") == before
+
+
+async def test_f16_what_fails_again_is_brought_forward_no_more(delivery: Delivery) -> None:
+    """F16: a report that makes the plane stumble each time costs one try more, not one at each delivery."""
+    faults = delivery.contact.plane.faults
+    faults.order("complete", Respond(500), Respond(500))
+    faults.order_always("complete", OK)
+    await delivery.add("poison", "complete")
+    await delivery.tried("poison")
+    await delivery.reporter.contact_is_back()
+    before = await delivery.tried("poison", 2)
+    for number in range(3):
+        await delivery.add(f"a{number}", "complete")
+    await delivery.delivered.wait(3)
+    assert await delivery.row("poison") == before

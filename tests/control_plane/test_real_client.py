@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -16,6 +17,7 @@ from remotegpu_agent.control_plane import ControlPlane
 from remotegpu_schemas.attempt import AttemptId
 from remotegpu_schemas.states import Cause, TaskState
 from remotegpu_schemas.wire import (
+    Answer,
     Claim,
     ClaimRequest,
     CompleteReport,
@@ -133,3 +135,27 @@ async def test_rotated_token_is_read_again(
     assert (await client.register(REGISTER)).verdict is Verdict.UNAUTHORIZED
     (tmp_path / "token").write_text(new)
     assert (await client.register(REGISTER)).verdict is Verdict.OK
+
+
+async def test_f16_a_pause_after_no_answer_ends_when_another_call_is_answered(
+    server: Server, client: ControlPlane
+) -> None:
+    """F16: nobody waits out a backoff of minutes when contact is back; what the plane has put off itself waits on."""
+    server.faults.order("register", faults.DropBefore(), faults.Respond(503, b"busy"), faults.DropBefore())
+    unheard = await client.register(REGISTER)
+    busy = await client.register(REGISTER)
+    put_off = asyncio.create_task(client.pause(3600.0, busy.answer))
+    waiting = asyncio.create_task(client.pause(3600.0, unheard.answer))
+    await client.register(REGISTER)
+    assert not waiting.done()
+    assert (await client.register(REGISTER)).verdict is Verdict.OK
+    async with asyncio.timeout(DEADLINE_S):
+        await waiting
+    assert not put_off.done()
+    put_off.cancel()
+
+
+async def test_a_pause_is_no_longer_than_asked_for(client: ControlPlane) -> None:
+    """Without any contact it ends in its own time."""
+    async with asyncio.timeout(DEADLINE_S):
+        await client.pause(0.05, Answer(Verdict.RETRY, "no connection"))

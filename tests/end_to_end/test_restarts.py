@@ -60,7 +60,7 @@ async def test_f05_an_end_that_the_agent_did_not_see_is_stored_after_the_restart
     async with agent(tmp_path) as host:
         task_id = await host.submit(script=f"{gate.wait}; exit 4")
         pid = (await host.wait_running(task_id))["process_id"]
-        os.kill(host.pid, signal.SIGSTOP)
+        host.freeze()
         gate.open()
         record = next((host.state_dir / "attempts").iterdir()) / "record"
         await until_so(lambda: is_gone(pid) and b'"kind":"ended"' in record.read_bytes())

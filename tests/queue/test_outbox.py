@@ -245,3 +245,15 @@ def test_a_dropped_dead_letter_is_gone(db: sqlite3.Connection) -> None:
         False,
     )
     assert _kinds(db) == [("a2", "complete")]
+
+
+def test_f16_a_few_are_brought_forward(db: sqlite3.Connection) -> None:
+    """F16: the next ones that were put off, as many as asked for, and none of the attempts that wait apart."""
+    for number in range(1, 6):
+        report(db, f"a{number}", "complete")
+        outbox.report_retry(db, due(db)[0].id, 100 - number, "no connection", NOW_MS)
+    apart = [AttemptId("a5"), AttemptId("a3")]
+    assert sorted(outbox.hasten(db, 7, 2, apart)) == ["a2", "a4"]
+    assert _kinds(db, 7) == [("a2", "complete"), ("a4", "complete")]
+    assert outbox.hasten(db, 7, 2, apart) == ["a1"]
+    assert outbox.hasten(db, 7, 2, apart) == []

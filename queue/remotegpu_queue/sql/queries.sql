@@ -205,6 +205,14 @@ FROM (SELECT count(*) AS dead FROM outbox INDEXED BY outbox_dead WHERE is_dead =
 -- name: hasten_starts
 UPDATE outbox SET due_boottime_ns = :now_ns WHERE kind = 'start' AND is_dead = 0 AND due_boottime_ns > :now_ns;
 
+-- name: hasten_reports
+UPDATE outbox SET due_boottime_ns = :now_ns
+WHERE id IN (
+    SELECT id FROM outbox
+    WHERE due_boottime_ns > :now_ns AND attempt_id NOT IN (SELECT value FROM json_each(:apart))
+    ORDER BY due_boottime_ns LIMIT :limit)
+RETURNING attempt_id;
+
 -- name: is_outbox_full
 -- Over an index: the table itself has the bodies.
 SELECT 1 FROM outbox INDEXED BY outbox_of_attempt LIMIT 1 OFFSET :bound;
