@@ -30,7 +30,14 @@ from remotegpu_queue import restoring
 from remotegpu_queue.rows import Attempt
 from remotegpu_queue.rows import Run as StoredRun
 from remotegpu_queue.store import LostRace, StoreUnavailable
-from remotegpu_queue.transitions import IllegalTransition, Missing, Outcome, outcome_of, outcome_of_missing
+from remotegpu_queue.transitions import (
+    IllegalTransition,
+    Missing,
+    Outcome,
+    launch_cause,
+    outcome_of,
+    outcome_of_missing,
+)
 from remotegpu_schemas import limits
 from remotegpu_schemas.attempt import (
     AttemptId,
@@ -195,8 +202,9 @@ class Executor:
             async with self._starting:
                 active.run = None if active.stop_cause is not None else await self._launch(begun.attempt, begun.run_no)
         except (LaunchError, OSError, ValueError) as error:
-            code = wire_exit_code(Cause.LAUNCH_FAILED, None, None)
-            failed = Outcome(Cause.LAUNCH_FAILED, code, None, f"the task was not started: {error}")
+            why = launch_cause(getattr(error, "errno", None))
+            code = wire_exit_code(why, None, None)
+            failed = Outcome(why, code, None, f"the task was not started: {error}")
             await self._finish(active, None, lambda cause: failed if cause is None else _stopped_before(cause))
             return
         if active.run is None:

@@ -104,6 +104,11 @@ def outcome_of(ended: RunEnded, stop_cause: Cause | None, timeout_s: float | Non
     return Outcome(cause, exit_code, ended.signal, _sentence(cause, ended, timeout_s))
 
 
+def launch_cause(number: int | None) -> Cause:
+    """Why nothing was started, by the errno if there is one: a full disk is the host's fault, not the task's."""
+    return Cause.DISK_FULL if number in {errno.ENOSPC, errno.EDQUOT} else Cause.LAUNCH_FAILED
+
+
 def _cause_of(ended: RunEnded, stop_cause: Cause | None) -> Cause:
     match ended.ended_by:
         case EndedBy.STOP:
@@ -114,7 +119,7 @@ def _cause_of(ended: RunEnded, stop_cause: Cause | None) -> Cause:
         case EndedBy.LEASE:
             return Cause.LEASE_LOST
         case EndedBy.LAUNCH:
-            return Cause.LAUNCH_FAILED
+            return launch_cause(ended.errno)
         case EndedBy.ABANDONED:
             return stop_cause or Cause.AGENT_LOST
         case EndedBy.EXIT:
@@ -138,7 +143,7 @@ def _sentence(cause: Cause, ended: RunEnded, timeout_s: float | None) -> str:
         case Cause.TIMED_OUT:
             limit = f" of {timeout_s:g} s" if timeout_s else ""
             return f"the task ran longer than its timeout{limit} and was stopped"
-        case Cause.LAUNCH_FAILED:
+        case Cause.LAUNCH_FAILED | Cause.DISK_FULL:
             name = errno.errorcode.get(ended.errno or 0, "")
             return f"{ended.error or 'the task could not be started'}{f' ({name})' if name else ''}"
         case Cause.AGENT_LOST:

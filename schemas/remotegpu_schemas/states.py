@@ -205,7 +205,7 @@ CAUSE_RULES: Final[dict[Cause, CauseRule]] = {
     Cause.HOST_SHUTDOWN: CauseRule(Retry.ON_REBOOT, None, TaskState.FAILED, EXIT_LOST, False),
     Cause.AGENT_LOST: CauseRule(Retry.FREE, None, TaskState.FAILED, EXIT_LOST, False),
     Cause.LAUNCH_FAILED: CauseRule(Retry.ASKED, RetryOn.LAUNCH_FAILED, TaskState.FAILED, EXIT_NOT_EXECUTABLE, False),
-    Cause.DISK_FULL: CauseRule(Retry.NEVER, None, TaskState.FAILED, 1),
+    Cause.DISK_FULL: CauseRule(Retry.ASKED, RetryOn.DISK_FULL, TaskState.FAILED, EXIT_NOT_EXECUTABLE, False),
     Cause.POLICY_REFUSED: CauseRule(Retry.NEVER, None, TaskState.FAILED, EXIT_NOT_EXECUTABLE, False),
     Cause.DEPENDENCY_FAILED: CauseRule(Retry.NEVER, None, TaskState.CANCELLED, EXIT_LOST, False),
 }

@@ -92,6 +92,7 @@ class RetryOn(enum.StrEnum):
     GPU_ERROR = "gpu_error"
     GPU_FAULT = "gpu_fault"
     LAUNCH_FAILED = "launch_failed"
+    DISK_FULL = "disk_full"
 
 
 DEFAULT_RETRY_ON = frozenset(
@@ -103,6 +104,7 @@ DEFAULT_RETRY_ON = frozenset(
         RetryOn.GPU_ERROR,
         RetryOn.GPU_FAULT,
         RetryOn.LAUNCH_FAILED,
+        RetryOn.DISK_FULL,
     }
 )
 

@@ -7,8 +7,10 @@ reason, and a test fails when that is no longer so.
 from __future__ import annotations
 
 import ast
+import asyncio
 import os
 import signal
+import subprocess
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +37,6 @@ NOT_BUILT: Final = {
     Cause.GPU_FAULT: "nobody looks at GPUs yet",
     Cause.GPU_MEMORY_EXCEEDED: "nobody looks at GPUs yet",
     Cause.PREEMPTED: "the scheduler preempts nobody yet",
-    Cause.DISK_FULL: "a full disk refuses starts and drops output; no run ends for it yet",
     Cause.DEPENDENCY_FAILED: "there are no groups yet",
 }
 """Causes that no run of this version can end with."""
@@ -154,6 +155,23 @@ async def make_directory(scene: Scene) -> None:
     (scene.directory / "later").mkdir()
 
 
+def fill_work(scene: Scene) -> None:
+    """No directory can be made any more where tasks have theirs: a file system without a free inode."""
+    work = scene.all_of_it.host.state_dir / "work"
+    work.mkdir(mode=0o711)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=1", "tmpfs", str(work)], check=True)
+
+
+async def make_room(scene: Scene) -> None:
+    """The disk that was full for the first launch has room for the second."""
+    await scene.all_of_it.host.until_shown(
+        f"/tasks/{scene.task_id}", lambda task: bool(task["runs"]) and task["runs"][0]["state"] == "ended"
+    )
+    await asyncio.to_thread(
+        subprocess.run, ["umount", "--lazy", str(scene.all_of_it.host.state_dir / "work")], check=True
+    )
+
+
 SLEEP: Final = "sleep 600"
 INJECTIONS: Final[dict[Cause, tuple[str, Injection]]] = {
     Cause.SUCCEEDED: ("exit 0", nothing),
@@ -168,6 +186,7 @@ INJECTIONS: Final[dict[Cause, tuple[str, Injection]]] = {
     Cause.HOST_SHUTDOWN: (SLEEP, shut_down),
     Cause.AGENT_LOST: (SLEEP, kill_shim),
     Cause.LAUNCH_FAILED: ("exit 0", make_directory),
+    Cause.DISK_FULL: ("exit 0", make_room),
     Cause.POLICY_REFUSED: ("exit 9", nothing),
 }
 """By cause: what the first run does, and what happens to it meanwhile."""
@@ -194,9 +213,11 @@ def keys_of(cause: Cause, scene: Scene) -> dict[str, Any]:
 async def meet(scene: Scene, cause: Cause, *, retries: int) -> None:
     """Let a task meet the fault, and wait for its end here."""
     fault, injection = INJECTIONS[cause]
+    if cause is Cause.DISK_FULL:
+        fill_work(scene)
     # All causes that can be asked for; the delay gives the test time to mend what a launch lacks.
     names = [rule.retry_on for rule in CAUSE_RULES.values() if rule.retry_on is not None]
-    retry = {"max": retries, "delay": 1 if cause is Cause.LAUNCH_FAILED else 0, "on": names}
+    retry = {"max": retries, "delay": 1 if cause in {Cause.LAUNCH_FAILED, Cause.DISK_FULL} else 0, "on": names}
     task = {**scene.task(fault), "retry": retry, "renew_interval_sec": 0.1, **keys_of(cause, scene)}
     [scene.task_id] = await scene.all_of_it.submit(task)
     if fault == SLEEP and injection is not nothing:
@@ -234,8 +255,8 @@ async def _is_given_up(scene: Scene) -> bool:
 @pytest.mark.parametrize("cause", INJECTIONS)
 async def test_what_follows_from_a_cause(tmp_path: Path, cause: Cause) -> None:
     """With a retry to spend: whether a run that ended so is repeated, and whether that costs the retry."""
-    if cause in {Cause.HOST_REBOOTED, Cause.HOST_SHUTDOWN} and os.geteuid() != 0:
-        pytest.skip("only root can give an agent another boot id")
+    if cause in {Cause.HOST_REBOOTED, Cause.HOST_SHUTDOWN, Cause.DISK_FULL} and os.geteuid() != 0:
+        pytest.skip("only root can give an agent another boot id, or mount a file system that is full")
     async with fleet(tmp_path) as all_of_it:
         scene = Scene(all_of_it, tmp_path)
         await meet(scene, cause, retries=1)
@@ -254,6 +275,8 @@ async def test_what_follows_from_a_cause(tmp_path: Path, cause: Cause) -> None:
 @pytest.mark.parametrize("cause", RETRIED)
 async def test_without_a_retry_left_it_is_the_end(tmp_path: Path, cause: Cause) -> None:
     """A cause that costs a retry ends the task of one that has none: state, exit code and report by the table."""
+    if cause is Cause.DISK_FULL and os.geteuid() != 0:
+        pytest.skip("only root can mount a file system that is full")
     async with fleet(tmp_path) as all_of_it:
         scene = Scene(all_of_it, tmp_path)
         await meet(scene, cause, retries=0)

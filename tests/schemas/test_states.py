@@ -179,7 +179,6 @@ OWN = [
     Cause.GPU_ERROR,
     Cause.CANCELLED,
     Cause.STOPPED,
-    Cause.DISK_FULL,
 ]
 FIXED = {
     Cause.SUCCEEDED: 0,
@@ -193,6 +192,7 @@ FIXED = {
     Cause.HOST_SHUTDOWN: 125,
     Cause.AGENT_LOST: 125,
     Cause.LAUNCH_FAILED: 126,
+    Cause.DISK_FULL: 126,
     Cause.POLICY_REFUSED: 126,
     Cause.DEPENDENCY_FAILED: 125,
 }
