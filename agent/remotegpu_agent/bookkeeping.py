@@ -196,7 +196,8 @@ class Books:
             report=complete,
             drop_reports=not CAUSE_RULES[outcome.cause].is_reported,
         )
-        if not after.is_final and (record is None or record.started is None):
+        has_begun = record is not None and record.started is not None
+        if not (after.is_final or has_begun or self.lease_is_over(attempt)):
             begun = self._reports.begun(attempt, run_no)
             if begun is not None:
                 add_report(db, attempt_id, "start", begun, ended_ms, self.boot_id)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import socket
 from typing import Any, Final
 
@@ -28,6 +29,23 @@ CALL_TIMEOUT_S: Final = 30.0
 _NAME, _PATH = "org.freedesktop.systemd1", "/org/freedesktop/systemd1"
 _MANAGER, _PROPERTIES = f"{_NAME}.Manager", "org.freedesktop.DBus.Properties"
 _STOP_RESERVE_S: Final = 10.0
+_LIMITS: Final = (
+    "AS",
+    "CORE",
+    "CPU",
+    "DATA",
+    "FSIZE",
+    "MEMLOCK",
+    "MSGQUEUE",
+    "NICE",
+    "NOFILE",
+    "NPROC",
+    "RSS",
+    "RTPRIO",
+    "RTTIME",
+    "SIGPENDING",
+    "STACK",
+)
 _UNKNOWN_PROPERTY: Final = "org.freedesktop.DBus.Error.PropertyReadOnly"
 _BUS_TROUBLE: Final = (OSError, EOFError, DBusError, TimeoutError, ValueError)
 
@@ -172,6 +190,7 @@ class SystemdPlacement:
             "StandardOutput": Variant("s", "null"),
             "KillMode": Variant("s", "process"),
             "CollectMode": Variant("s", "inactive-or-failed"),
+            **_own_limits(),
         }
         try:
             with contextlib.closing(theirs):
@@ -224,6 +243,15 @@ class SystemdPlacement:
         except RefusedError:
             return False
         return bool(state.value == "stopping")
+
+
+def _own_limits() -> dict[str, Variant]:
+    """This process's resource limits (getrlimit(2)) as properties: what holds for the agent holds for its tasks."""
+    properties = {}
+    for name in _LIMITS:
+        soft, hard = (limit % 2**64 for limit in resource.getrlimit(getattr(resource, f"RLIMIT_{name}")))
+        properties |= {f"Limit{name}": Variant("t", hard), f"Limit{name}Soft": Variant("t", soft)}
+    return properties
 
 
 def scope_name(attempt_id: str, run_no: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 
 import pytest
@@ -55,6 +56,22 @@ async def test_scope_is_delegated_and_stops_by_a_signal_that_tasks_ignore(monkey
         "TimeoutStopUSec": 40_000_000,
         "OOMPolicy": "continue",
     }
+
+
+async def test_the_spawner_has_the_agents_resource_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soft and hard, as the operator has set them for the agent: a service of its own would have systemd's defaults."""
+    systemd = Recorded(refusal="enough")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
+    try:
+        with pytest.raises(RefusedError, match="enough"):
+            await SystemdPlacement(systemd).start_spawner("python3")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    [(_, properties)] = systemd.asked
+    assert (properties["LimitNOFILESoft"].value, properties["LimitNOFILE"].value) == (soft - 1, hard)
+    core_hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    assert properties["LimitCORE"].value == (2**64 - 1 if core_hard == resource.RLIM_INFINITY else core_hard)
 
 
 async def test_older_systemd_is_not_asked_again_for_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -49,6 +50,9 @@ PrivateTmp=yes
 NoNewPrivileges=yes
 Restart=always
 RestartSec=200ms
+LimitNOFILE=4321:5432
+LimitMEMLOCK=infinity
+LimitCORE=0
 [Install]
 WantedBy=multi-user.target
 """
@@ -182,12 +186,17 @@ def check_tasks_have_scopes() -> None:
 
 
 def check_sandbox_is_not_inherited() -> None:
-    """The agent's PrivateTmp and NoNewPrivileges are not the task's."""
+    """The agent's PrivateTmp and NoNewPrivileges are not the task's; its resource limits are."""
     task_id = submit("grep NoNewPrivs /proc/self/status; readlink /proc/self/ns/mnt; cat /proc/self/oom_score_adj")
     assert ended(task_id)["cause"] == "succeeded"
     text = call("GET", f"/tasks/{task_id}/logs?stream=stdout")["text"]
     assert text.split() == ["NoNewPrivs:", "0", os.readlink("/proc/1/ns/mnt"), "0"], text
     assert os.readlink(f"/proc/{agent_pid()}/ns/mnt") != os.readlink("/proc/1/ns/mnt")
+    task_id = submit("cat /proc/self/limits")
+    assert ended(task_id)["cause"] == "succeeded"
+    text = call("GET", f"/tasks/{task_id}/logs?stream=stdout")["text"]
+    assert text == Path(f"/proc/{agent_pid()}/limits").read_text()
+    assert re.search(r"Max open files +4321 +5432", text), text
 
 
 def check_f04_f07_task_survives_its_agent() -> None:
