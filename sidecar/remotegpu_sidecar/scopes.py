@@ -29,22 +29,8 @@ CALL_TIMEOUT_S: Final = 30.0
 _NAME, _PATH = "org.freedesktop.systemd1", "/org/freedesktop/systemd1"
 _MANAGER, _PROPERTIES = f"{_NAME}.Manager", "org.freedesktop.DBus.Properties"
 _STOP_RESERVE_S: Final = 10.0
-_LIMITS: Final = (
-    "AS",
-    "CORE",
-    "CPU",
-    "DATA",
-    "FSIZE",
-    "MEMLOCK",
-    "MSGQUEUE",
-    "NICE",
-    "NOFILE",
-    "NPROC",
-    "RSS",
-    "RTPRIO",
-    "RTTIME",
-    "SIGPENDING",
-    "STACK",
+_LIMITS: Final = tuple(
+    "AS CORE CPU DATA FSIZE MEMLOCK MSGQUEUE NICE NOFILE NPROC RSS RTPRIO RTTIME SIGPENDING STACK".split()  # noqa: SIM905
 )
 _UNKNOWN_PROPERTY: Final = "org.freedesktop.DBus.Error.PropertyReadOnly"
 _BUS_TROUBLE: Final = (OSError, EOFError, DBusError, TimeoutError, ValueError)
@@ -247,7 +233,7 @@ class SystemdPlacement:
 
 def _own_limits() -> dict[str, Variant]:
     """This process's resource limits (getrlimit(2)) as properties: what holds for the agent holds for its tasks."""
-    properties = {}
+    properties: dict[str, Variant] = {}
     for name in _LIMITS:
         soft, hard = (limit % 2**64 for limit in resource.getrlimit(getattr(resource, f"RLIMIT_{name}")))
         properties |= {f"Limit{name}": Variant("t", hard), f"Limit{name}Soft": Variant("t", soft)}
