@@ -305,6 +305,11 @@ def check_f28_out_of_memory() -> None:
     retried = ended(submit(script, resources={"memory_gb": 0.0625}, retry={"max": 1}))
     assert [run["cause"] for run in retried["runs"]] == ["out_of_memory", "succeeded"], retried
     assert retried["retries_used"] == 1, retried
+    scoped = running(submit(f"until [ -e /root/eat ]; do sleep 0.1; done; exec {hog}"))
+    scope = Path(f"/sys/fs/cgroup{group_of(scoped['process_id'])}").parent
+    (scope / "memory.max").write_text(str(64 << 20))  # of the whole scope, its shim included
+    Path("/root/eat").touch()
+    assert ended(scoped["id"])["cause"] == "out_of_memory", ended(scoped["id"])
     assert agent_pid() == agent
     assert is_alive(other["process_id"])
     call("POST", f"/tasks/{other['id']}/cancel")
