@@ -1,6 +1,6 @@
 """`make test-system`: what only a real systemd can prove, in the test bed's throw-away virtual machine.
 
-    python -m tests.system [placement | reboot] [WORD ...]
+    python -m tests.system [placement | reboot | power-cut] [WORD ...]
 
 WORDs choose checks by their names (see guest.py). The test bed is the program that REMOTEGPU_TESTBED names, or
 ../shared/testbed/testbed beside the repository. The guest has no network: packages are brought along, installed into a
@@ -20,6 +20,8 @@ REPOSITORY: Final = Path(__file__).resolve().parents[2]
 GUEST: Final = Path(__file__).with_name("guest.py")
 GUEST_PYTHON: Final = "3.11"
 TIMEOUT_S: Final = 3000
+POWER_CUT_TASKS_MIN: Final = 20
+POWER_CUT_MARKER: Final = f"stored-{POWER_CUT_TASKS_MIN} "
 DISK: Final = f"remotegpu-system-{os.getpid()}"
 
 
@@ -45,9 +47,13 @@ def bring_packages(library: Path, scratch: Path) -> None:
 
 def run_in_guest(testbed: Path, library: Path, command: str, *options: str) -> int:
     """Run a command in a fresh guest; its exit status."""
+    return subprocess.run(guest_argv(testbed, library, command, *options), check=False).returncode
+
+
+def guest_argv(testbed: Path, library: Path, command: str, *options: str) -> list[str]:
+    """The test bed's command line for a command in a guest with the packages."""
     copies = ["--copy", f"{library}:/opt/remotegpu", "--copy", f"{GUEST}:/root/guest.py"]
-    argv = [str(testbed), "run", "--timeout", str(TIMEOUT_S), *copies, *options, "--", command]
-    return subprocess.run(argv, check=False).returncode
+    return [str(testbed), "run", "--timeout", str(TIMEOUT_S), *copies, *options, "--", command]
 
 
 def check_placement(testbed: Path, library: Path, words: list[str]) -> int:
@@ -68,7 +74,24 @@ def check_reboot(testbed: Path, library: Path, _words: list[str]) -> int:
     return failures
 
 
-SETS: Final = {"placement": check_placement, "reboot": check_reboot}
+def check_power_cut(testbed: Path, library: Path, _words: list[str]) -> int:
+    """The power goes while tasks are submitted, run and end; what had been answered by then is known afterwards."""
+    cut = ["--power-cut-after-marker", POWER_CUT_MARKER, "--power-cut-delay", "1"]
+    argv = guest_argv(testbed, library, "python3 /root/guest.py before-power-cut", "--disk", DISK, "--fresh", *cut)
+    said = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=False).stdout
+    stored = [line.split()[1] for line in said.splitlines() if line.startswith("stored-")]
+    print(f"{len(stored)} tasks had been answered for when the power was cut", flush=True)
+    if len(stored) < POWER_CUT_TASKS_MIN:
+        print(said)
+        return 1
+    with tempfile.NamedTemporaryFile("w", suffix=".notes") as notes:
+        notes.write("\n".join(stored))
+        notes.flush()
+        copy = ("--copy", f"{notes.name}:/root/notes")
+        return run_in_guest(testbed, library, "python3 /root/guest.py after-power-cut", "--disk", DISK, *copy)
+
+
+SETS: Final = {"placement": check_placement, "reboot": check_reboot, "power-cut": check_power_cut}
 
 
 def main() -> int:

@@ -442,6 +442,28 @@ def check_f21_rebooted() -> None:
     assert task["runs"][0]["cause"] == "host_rebooted", task
 
 
+def submit_until_the_power_is_cut() -> None:
+    """Says the id of each task once the agent has answered for it: some end, some run, some wait."""
+    for number in range(1, 10_000):
+        command = "echo done" if number % 3 else "sleep 1000"
+        print(f"stored-{number} {submit(command, retry={'max': 0})}", flush=True)
+
+
+def check_f23_power_cut() -> None:
+    """F23: each task that was answered for is known, the database is whole, no run directory is torn, all goes on."""
+    stored = NOTES.read_text().split()
+    known = {task_id: call("GET", f"/tasks/{task_id}") for task_id in stored}
+    causes = {task["runs"][0]["cause"] for task in known.values() if task["runs"]}
+    assert causes <= {"succeeded", "host_rebooted", "agent_lost", None}, causes
+    environment = {"PYTHONPATH": LIBRARY, "PATH": os.environ["PATH"]}
+    check = ["python3", "-m", "remotegpu_agent.cli", "db", "check"]
+    done = subprocess.run(check, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    said = sh("journalctl", "--no-pager", "-b", "-o", "cat", "-u", "remotegpu-agent")
+    assert "cannot be read" not in said, said
+    assert ended(submit("true"))["cause"] == "succeeded"
+
+
 SETS: dict[str, tuple[Callable[[], None], ...]] = {
     "placement": (
         check_tasks_have_scopes,
@@ -462,6 +484,8 @@ SETS: dict[str, tuple[Callable[[], None], ...]] = {
     "before-reboot": (prepare_reboot,),
     "after-shutdown": (check_f21_shut_down,),
     "after-crash": (check_f21_rebooted,),
+    "before-power-cut": (submit_until_the_power_is_cut,),
+    "after-power-cut": (check_f23_power_cut,),
 }
 
 
