@@ -184,7 +184,9 @@ def _placement(config: Config) -> Check:
     try:
         kind, missing = asyncio.run(look())
     except Misconfigured as error:
-        return Check("placement", Level.PROBLEM, str(error), "set tasks.placement to auto, or run the agent as root")
+        # Who is root already is not told to become it.
+        mend = "set tasks.placement to auto" + ("" if os.geteuid() == 0 else ", or run the agent as root")
+        return Check("placement", Level.PROBLEM, str(error), mend)
     text = f"{kind} ({_PLACEMENTS[kind]}), as uid {os.geteuid()}"
     if missing:
         return Check("placement", Level.WARNING, f"{text}; missing: {'; '.join(missing)}")

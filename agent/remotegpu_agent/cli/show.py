@@ -84,11 +84,11 @@ def _used(runs: list[dict[str, Any]]) -> str:
     usage = next((run["usage"] for run in reversed(runs) if run.get("usage")), None)
     if usage is None:
         return ""
-    parts = (
-        ("cpu_s", "{:g} s of CPU"),
-        ("memory_peak_mb", "{:g} MiB of memory"),
-        ("io_read_mb", "{:g} MiB read"),
-        ("io_write_mb", "{:g} MiB written"),
+    parts = (  # 15 digits: with :g a day on many CPUs would be a power of ten
+        ("cpu_s", "{:.15g} s of CPU"),
+        ("memory_peak_mb", "{:.15g} MiB of memory"),
+        ("io_read_mb", "{:.15g} MiB read"),
+        ("io_write_mb", "{:.15g} MiB written"),
     )
     return ", ".join(text.format(usage[key]) for key, text in parts if usage.get(key))
 

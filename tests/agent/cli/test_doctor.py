@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import socket
 import ssl
 import threading
@@ -14,6 +15,10 @@ from typing import Any
 import pytest
 import trustme
 
+from remotegpu_sidecar import grouping, placement
+from remotegpu_sidecar.grouping import CgroupPlacement
+from remotegpu_sidecar.placement import NO_GROUPS, NO_SCOPES
+from remotegpu_sidecar.scopes import Systemd, SystemdPlacement
 from tests import middle
 from tests.agent.cli.program import Cli, run
 from tests.agent.cli.scripted_agent import DEADLINE_S, LiveAgent
@@ -277,3 +282,159 @@ def test_open_secrets(cli: Cli, enrolled: Path) -> None:
     token.chmod(0o644)
     found = checks(cli, enrolled)["secrets"]
     assert (found["level"], found["mend"]) == ("warning", f"chmod 600 {token}")
+
+
+# --- the placement in force, and what is missing with it ---
+
+NO_MEMORY = "memory_gb is not enforced, and an OOM kill is not told from another SIGKILL: no memory controller"
+NO_CPU = "cpus is not enforced: no cpu controller"
+NO_PIDS = "the number of a run's processes is not bounded: no pids controller"
+
+
+class Host:
+    """What the host would offer for runs; the choice among it is the agent's own."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._directory = directory
+        self._set = monkeypatch.setattr
+        self.offers()
+
+    def offers(self, *, scopes: str | None = None, groups: str | None = None, is_systemd: bool = False) -> None:
+        """Scopes and groups with these controllers; None where there are none of them."""
+
+        async def find_scopes() -> SystemdPlacement | str:
+            return "systemd is not for you" if scopes is None else SystemdPlacement(Systemd())
+
+        self._set(placement, "_is_systemd_booted", lambda: is_systemd)
+        self._set(placement, "_find_scopes", find_scopes)
+        for name in ("cgroup.controllers", "cgroup.procs", "cgroup.subtree_control"):
+            (self._directory / name).write_text("")
+        (self._directory / "cgroup.controllers").write_text(scopes or groups or "")
+        # As the kernel shows it to whoever looks for what systemd's groups can have.
+        self._set(grouping, "find_mount", lambda _mountinfo: (str(self._directory), "/"))
+        found = "no group for you" if groups is None else CgroupPlacement(str(self._directory))
+        self._set(grouping, "find", lambda: found)
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """A host that offers nothing yet."""
+    return Host(tmp_path, monkeypatch)
+
+
+def wish(config: Path, kind: str) -> None:
+    """Set tasks.placement."""
+    config.write_text(config.read_text() + f"tasks: {{placement: {kind}}}\n")
+
+
+@pytest.mark.parametrize("kind", ["systemd", "auto"])
+def test_runs_in_scopes(cli: Cli, config: Path, host: Host, kind: str) -> None:
+    """Scopes with all controllers lack nothing; they are the best, so `auto` is them."""
+    host.offers(scopes="cpu memory pids", is_systemd=True)
+    wish(config, kind)
+    found = checks(cli, config)["placement"]
+    text = f"systemd (a transient scope per run), as uid {os.geteuid()}"
+    assert found == {"subject": "placement", "level": "ok", "text": text, "mend": ""}
+
+
+@pytest.mark.parametrize("kind", ["cgroup", "auto"])
+def test_runs_in_control_groups(cli: Cli, config: Path, host: Host, kind: str) -> None:
+    """Control groups with all controllers lack nothing; without systemd they are the best."""
+    host.offers(groups="cpu memory pids io")
+    wish(config, kind)
+    found = checks(cli, config)["placement"]
+    text = f"cgroup (a control group per run), as uid {os.geteuid()}"
+    assert found == {"subject": "placement", "level": "ok", "text": text, "mend": ""}
+
+
+@pytest.mark.parametrize("kind", ["systemd", "cgroup"])
+@pytest.mark.parametrize(
+    ("controllers", "missing"),
+    [
+        ("memory pids", (NO_CPU,)),
+        ("cpu pids", (NO_MEMORY,)),
+        ("cpu memory", (NO_PIDS,)),
+        ("cpu", (NO_MEMORY, NO_PIDS)),
+        ("", (NO_MEMORY, NO_CPU, NO_PIDS)),
+    ],
+)
+def test_controllers_that_are_missing(
+    cli: Cli, config: Path, host: Host, kind: str, controllers: str, missing: tuple[str, ...]
+) -> None:
+    """What is lost with each controller that is not there is said, and nothing else."""
+    if kind == "systemd":
+        host.offers(scopes=controllers, is_systemd=True)
+    else:
+        host.offers(groups=controllers)
+    wish(config, kind)
+    found = checks(cli, config)["placement"]
+    assert found["level"] == "warning"
+    assert found["text"].startswith(f"{kind} (")
+    assert found["text"].partition("; missing: ")[2] == "; ".join(missing)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_systemd", "reasons"),
+    [
+        ("process-group", False, ()),
+        ("process-group", True, (NO_SCOPES,)),
+        ("auto", False, ("no scopes: process 1 is not systemd", "no control groups: no group for you")),
+        (
+            "auto",
+            True,
+            (
+                "no scopes: systemd is not for you",
+                "no control groups: systemd owns the control groups of this host",
+                NO_SCOPES,
+            ),
+        ),
+    ],
+)
+def test_runs_in_process_groups(
+    cli: Cli, config: Path, host: Host, kind: str, is_systemd: bool, reasons: tuple[str, ...]
+) -> None:
+    """Wanted or for want of better: why there is nothing better comes first, then everything that is lost."""
+    host.offers(is_systemd=is_systemd)
+    wish(config, kind)
+    found = checks(cli, config)["placement"]
+    assert found["level"] == "warning"
+    head, _, missing = found["text"].partition("; missing: ")
+    assert head == f"process-group (no control groups), as uid {os.geteuid()}"
+    assert missing == "; ".join((*reasons, *NO_GROUPS))
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_systemd", "reason"),
+    [
+        ("systemd", False, "no scopes: process 1 is not systemd"),
+        ("systemd", True, "no scopes: systemd is not for you"),
+        ("cgroup", False, "no control groups: no group for you"),
+        ("cgroup", True, "no control groups: systemd owns the control groups of this host"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("uid", "mend"),
+    [(0, "set tasks.placement to auto"), (1000, "set tasks.placement to auto, or run the agent as root")],
+)
+def test_a_placement_that_cannot_be(
+    cli: Cli,
+    config: Path,
+    host: Host,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    is_systemd: bool,
+    reason: str,
+    uid: int,
+    mend: str,
+) -> None:
+    """A wish that this host cannot fulfil is a problem, with the reason and a mend that is still to be had."""
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    host.offers(is_systemd=is_systemd)
+    wish(config, kind)
+    found = checks(cli, config, code=1)["placement"]
+    assert found == {
+        "subject": "placement",
+        "level": "problem",
+        "text": f"tasks.placement: {kind} is not possible here; {reason}",
+        "mend": mend,
+    }

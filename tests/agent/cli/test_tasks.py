@@ -85,6 +85,24 @@ def test_show(tasks: LiveAgent, local: Cli) -> None:
     assert lines[at + 1 :] == [f"  line {number}" for number in range(10, 30)]
 
 
+def test_show_tells_what_a_run_used(tasks: LiveAgent, local: Cli) -> None:
+    """The last run that has been measured says what it used; what it used none of is left out, and so is the line."""
+    usage = {"wall_s": 9.0, "cpu_s": 2.5, "memory_peak_mb": 96.0, "io_read_mb": 0.0, "io_write_mb": 12.3}
+    tasks.do(lambda ops: ops.end_run("aa11", usage=usage))
+    tasks.do(lambda ops: ops.start_run("aa11"))
+    used = [line for line in local("show", "aa11").out.splitlines() if line.startswith("used")]
+    assert used == ["used       2.5 s of CPU, 96 MiB of memory, 12.3 MiB written"]
+    assert "used" not in {line.split()[0] for line in local("show", "bb33").out.splitlines() if line}
+
+
+def test_show_writes_large_use_out(tasks: LiveAgent, local: Cli) -> None:
+    """A day on many CPUs with more than a TiB of memory is in figures, not in powers of ten."""
+    usage = {"cpu_s": 5529600.125, "memory_peak_mb": 1536000.0, "io_write_mb": 2097152.5}
+    tasks.do(lambda ops: ops.end_run("aa11", usage=usage))
+    [used] = [line for line in local("show", "aa11").out.splitlines() if line.startswith("used")]
+    assert used == "used       5529600.125 s of CPU, 1536000 MiB of memory, 2097152.5 MiB written"
+
+
 def test_show_json(tasks: LiveAgent, local: Cli) -> None:
     """The document has the task as the API tells it, and the lines."""
     found = local("show", "bb33", "--json").json()
