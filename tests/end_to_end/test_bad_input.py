@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from control_plane.faults import Respond
+from control_plane.store import tasks as stored_tasks
+from control_plane.store.tasks import NewTask
 from tests.end_to_end.agent_process import AgentProcess, agent
 from tests.end_to_end.fleet import MACHINE_ID, fleet
 
@@ -101,3 +103,30 @@ async def test_claimed_tasks_that_cannot_be_started(tmp_path: Path) -> None:
         log = both.host.log.read_text()
         assert "NUL" in log
         assert "an environment name must not be empty or contain" in log
+
+
+async def test_the_plane_hears_why_a_claimed_task_is_refused(tmp_path: Path) -> None:
+    """NUL in an argument, `=` in a name, from a plane that checks nothing: completed as failed, with cause and reason.
+
+    Each attempt ends with its one completion; none lapses, and the good task behind them has the one slot.
+    """
+    specs: dict[str, tuple[dict[str, Any], str]] = {
+        "nul": ({"command": "true", "args": ["a\0b"]}, "NUL"),
+        "name": ({"command": "true", "env": {"A=B": "c"}}, "an environment name must not be empty or contain '='"),
+    }
+    new = [NewTask(name, name, {"id": name, **spec}, MACHINE_ID, 0) for name, (spec, _) in specs.items()]
+    settings = {"capacity": {"max_concurrent": 1}, "control_plane": {"poll_interval": 0.1}}
+    async with fleet(tmp_path, settings, is_started=False) as both:
+        assert await both.plane.service.work.run(lambda db: stored_tasks.add(db, new, 0)) is None
+        [good] = await both.submit({"command": "true"})
+        await both.host.start()
+        *refused, ran = await both.ended([*specs, good])
+        assert (ran["status"], ran["completions"]["accepted"]) == ("completed", 1)
+        for task, (_, reason) in zip(refused, specs.values(), strict=True):
+            assert task["status"] == "failed", task
+            result = task["result"]
+            assert (result["cause"], result["runs"]) == ("policy_refused", 0)
+            assert result["error"].startswith("the agent cannot run this task: ")
+            assert reason in result["error"]
+            assert task["completions"]["accepted"] == 1
+            assert [event["kind"] for event in task["events"]] == ["created", "claimed", "completed"]

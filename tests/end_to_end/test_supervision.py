@@ -1,14 +1,16 @@
-"""What the supervisor does while the agent cannot: a frozen agent, a spawner without descriptors, a warned task."""
+"""What the supervisor does: with a frozen agent, a spawner without descriptors or with too many, a warned task."""
 
 from __future__ import annotations
 
+import ast
 import os
 import resource
 import signal
+import sys
 from pathlib import Path
 
 from remotegpu_sidecar import identity, record
-from tests.end_to_end.agent_process import agent
+from tests.end_to_end.agent_process import AgentProcess, agent
 from tests.end_to_end.fleet import fleet
 from tests.waiting import until_so
 
@@ -56,6 +58,24 @@ async def test_f27_a_spawner_without_descriptors(tmp_path: Path) -> None:
         resource.prlimit(spawner.pid, resource.RLIMIT_NOFILE, before)
         assert (await host.wait_for(task_id))["state"] == "completed"
         assert await host.output(task_id) == "done\n"
+
+
+async def test_what_the_agent_inherits_reaches_no_task(tmp_path: Path) -> None:
+    """An agent that was started with an open file keeps it to itself: a task has its three streams, and no more."""
+    secret = tmp_path / "secret"
+    secret.touch()
+    listing = (
+        "import os; fds = map(int, os.listdir('/proc/self/fd'));"  # the listing's own is closed by the time it is read
+        " print({fd: os.readlink(f'/proc/self/fd/{fd}') for fd in fds if os.path.lexists(f'/proc/self/fd/{fd}')})"
+    )
+    host = AgentProcess(tmp_path, {})
+    host.launched_by = ["sh", "-c", 'exec 9<"$0"; exec "$@"', str(secret)]
+    async with host:
+        assert os.readlink(f"/proc/{host.pid}/fd/9") == str(secret)
+        task_id = await host.submit(command=sys.executable, args=["-I", "-S", "-c", listing])
+        assert (await host.wait_for(task_id))["state"] == "completed"
+        listed = await host.output(task_id)
+        assert set(ast.literal_eval(listed)) == {0, 1, 2}, listed
 
 
 async def test_a_task_is_warned_before_its_timeout(tmp_path: Path) -> None:

@@ -68,9 +68,10 @@ print(connection.getresponse().read().decode())
 SUBMITTERS = {"tasks": {"run_as": "submitter"}, "api": {"socket_group": "daemon"}}
 
 
-async def submit_as(host: AgentProcess, user: str, directory: Path, **task: Any) -> dict[str, Any]:
-    """The whole answer to a submission by a process of that user, in that directory."""
-    ids = [str(grp.getgrnam("daemon").gr_gid), str(pwd.getpwnam(user).pw_uid)]
+async def submit_as(host: AgentProcess, user: str | int, directory: Path, **task: Any) -> dict[str, Any]:
+    """The whole answer to a submission by a process of that user, by name or uid, in that directory."""
+    uid = user if isinstance(user, int) else pwd.getpwnam(user).pw_uid
+    ids = [str(grp.getgrnam("daemon").gr_gid), str(uid)]
     target = f"/api/v1/tasks?directory={quote(str(directory))}"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-I", "-c", CALLER, str(host.socket), *ids, "POST", target, json.dumps({"task": task}),
@@ -109,6 +110,23 @@ async def test_a_submitter_gets_no_further_than_its_own_rights(open_dir: Path) -
         ended = await host.wait_for(task_id)
         assert ended["cause"] == "launch_failed"
         assert f"may not be entered by uid {pwd.getpwnam('nobody').pw_uid}" in ended["error"]
+
+
+async def test_a_submitter_in_no_user_database_holds_nobody_up(open_dir: Path) -> None:
+    """Its task is `launch_failed` with what to mend, as nobody, and the next one, of another user, has the slot."""
+    uid = 4_000_000_001
+    with pytest.raises(KeyError):
+        pwd.getpwuid(uid)
+    async with agent(open_dir, capacity={"max_concurrent": 1}, **SUBMITTERS) as host:
+        [task_id] = (await submit_as(host, uid, open_dir, command="id"))["data"]["task_ids"]
+        ended = await host.wait_for(task_id)
+        assert (ended["state"], ended["cause"]) == ("failed", "launch_failed"), ended
+        assert f"its submitter, uid {uid}, is no user of this host" in ended["error"]
+        assert "create one, or submit it as another" in ended["error"]
+        assert [run["process_id"] for run in ended["runs"]] == [None]
+        [next_id] = (await submit_as(host, "nobody", open_dir, command="id -un"))["data"]["task_ids"]
+        assert (await host.wait_for(next_id))["cause"] == "succeeded"
+        assert await host.output(next_id) == "nobody\n"
 
 
 async def test_the_submitter_is_remembered(open_dir: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -10,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,18 @@ import pytest
 from remotegpu_schemas.attempt import EndedBy, RunEnded, RunStarted
 from remotegpu_sidecar import identity, record, spawner
 from remotegpu_sidecar.launcher import Launcher
-from tests.sidecar.support import DEADLINE_S, identity_of, launched, make_spec, sh, unique, until, wait_until_dead
+from remotegpu_sidecar.output import read_output
+from tests.sidecar.support import (
+    DEADLINE_S,
+    identity_of,
+    launched,
+    make_spec,
+    python,
+    sh,
+    unique,
+    until,
+    wait_until_dead,
+)
 
 # Runs the spawner with a watch on imports: whatever is imported, or read from a .py or .pyc, after a fork is noted.
 _WATCHED = """
@@ -42,14 +55,17 @@ runpy.run_path({path!r}, run_name="__main__")
 
 
 class Raw:
-    """A spawner without a launcher."""
+    """A spawner without a launcher; `inherited` descriptors are passed to it under their numbers."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], inherited: Sequence[int] = ()) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(DEADLINE_S)
         with contextlib.closing(theirs):
             self.process = subprocess.Popen(
-                [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={}
+                [*command, str(theirs.fileno())],
+                pass_fds=[theirs.fileno(), *inherited],
+                stdin=subprocess.DEVNULL,
+                env={},
             )
 
     def launch(self, message: bytes) -> socket.socket:
@@ -66,10 +82,13 @@ class Raw:
         assert self.process.wait(DEADLINE_S) == 0
 
 
+_COMMAND = [sys.executable, "-I", "-S", "-X", "utf8", spawner.__file__]
+
+
 @pytest.fixture
 def raw() -> Iterator[Raw]:
     """A spawner of our own."""
-    made = Raw([sys.executable, "-I", "-S", "-X", "utf8", spawner.__file__])
+    made = Raw(_COMMAND)
     yield made
     made.close()
 
@@ -99,6 +118,37 @@ def test_two_descriptors_are_refused(raw: Raw) -> None:
             theirs.close()
         assert "one descriptor" in json.loads(ends[0][0].recv(10_000))["error"]
         assert ends[1][0].recv(10) == b""
+
+
+def test_no_descriptor_but_the_standard_streams_reaches_a_task(attempts_dir: Path, tmp_path: Path) -> None:
+    """What the spawner inherits, and what is its own or the shim's, is closed in the task: 0, 1 and 2 are all."""
+    listing = (
+        "import os; fds = map(int, os.listdir('/proc/self/fd'));"  # the listing's own is closed by the time it is read
+        " print({fd: os.readlink(f'/proc/self/fd/{fd}') for fd in fds if os.path.lexists(f'/proc/self/fd/{fd}')})"
+    )
+    spec = make_spec(*python(listing))
+    directory = attempts_dir / f"{spec.attempt_id}.1"
+    directory.mkdir(parents=True)
+    (directory / "record").write_bytes(record.encode("spec", spec.model_dump_json().encode()))
+    secret = tmp_path / "secret"
+    secret.touch()
+    with secret.open() as file:
+        # Low and high: a number that the shim happens to use itself would be closed by chance.
+        high = fcntl.fcntl(file, fcntl.F_DUPFD, 200)
+        try:
+            heir = Raw(_COMMAND, [file.fileno(), high])
+        finally:
+            os.close(high)
+    with contextlib.closing(heir), contextlib.closing(heir.launch(json.dumps({"dir": str(directory)}).encode())) as to:
+        hello = json.loads(to.recv(10_000))["hello"]
+        shim = identity_of(hello["pid"])
+        to.send(b'{"go":{}}')
+        assert "started" in json.loads(to.recv(10_000))
+        wait_until_dead(shim)
+    ended = RunEnded.model_validate(record.read(directory / "record")[0]["ended"])
+    assert ended.exit_code == 0
+    listed = read_output(directory, "stdout", 0, 10_000)[1].decode()
+    assert set(ast.literal_eval(listed)) == {0, 1, 2}, listed
 
 
 def test_nothing_is_imported_after_the_fork(attempts_dir: Path, tmp_path: Path) -> None:
