@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +13,7 @@ import pytest
 from remotegpu_sidecar import identity
 from tests.end_to_end.fleet import Fleet, fleet
 from tests.end_to_end.gates import Gate
+from tests.frozen import frozen
 from tests.waiting import until_so
 
 TIMEOUT_S: Final = 1.5
@@ -69,8 +69,7 @@ async def test_f31_the_first_of_all_that_come_due(
         shim = psutil.Process(process_id).ppid()
         times_out_ns = identity.boottime_ns() + round(TIMEOUT_S * 1e9)
         asked: list[asyncio.Task[Any]] = []
-        os.kill(shim, signal.SIGSTOP)
-        try:
+        with frozen(shim):
             if is_over:
                 gate.open()
                 await until_so(lambda: psutil.Process(process_id).status() == psutil.STATUS_ZOMBIE)
@@ -78,8 +77,6 @@ async def test_f31_the_first_of_all_that_come_due(
                 asked.append(asyncio.create_task(ask_to_end(all_of_it, task_id, process_id, how)))
                 await host.until_shown(f"/tasks/{task_id}", lambda task: task["is_stopping"])
             await until_so(lambda: identity.boottime_ns() > times_out_ns)
-        finally:
-            os.kill(shim, signal.SIGCONT)
         assert await check_once(all_of_it, task_id) == cause
         for each in asked:
             status, answer = await each
