@@ -97,3 +97,22 @@ async def test_f16_an_outbox_full_of_dead_letters_has_room_once_they_are_dropped
     for letter in (await small.host.get("/dead-letters"))["dead_letters"]:
         assert (await small.host.call("DELETE", f"/dead-letters/{letter['id']}"))[0] == 200
     assert (await small.ended([later]))[0]["status"] == "completed"
+
+
+async def test_f16_an_agent_that_starts_with_a_full_outbox_claims_nothing(small: Fleet, tmp_path: Path) -> None:
+    """F16: not one claim is made between the start and the first look at the outbox."""
+    faults = small.plane.faults
+    faults.order_always("complete", DropBefore())
+    task_ids = await run_four(small, Gate(tmp_path / "first"))
+    task_ids += await run_four(small, Gate(tmp_path / "second"))
+    task_ids.append(await stands_still(small))
+    claims = faults.calls["claim"]
+    await small.host.kill()
+    await small.host.start()
+    await small.host.until_shown(
+        "/queue/status", lambda status: [each["kind"] for each in status["blocks"]] == ["outbox_full"]
+    )
+    await faults.wait_calls("heartbeat", faults.calls["heartbeat"] + 3, DEADLINE_S)
+    assert faults.calls["claim"] == claims
+    faults.clear()
+    assert [task["completions"]["accepted"] for task in await small.ended(task_ids)] == [1] * 9
