@@ -377,7 +377,7 @@ class Agent:
             watcher=self._watcher,
             standing=self._standing,
             draining=self._draining,
-            letters=DeadLetters(self._store, self._names.boot_id, on_resent=self._on_report),
+            letters=DeadLetters(self._store, self._names.boot_id, on_changed=self._on_letters),
             breaker=self._breaker,
             host_watch=self._host_watch,
             loops=self._loops,
@@ -540,6 +540,10 @@ class Agent:
     def _on_report(self) -> None:
         if self._reporter is not None:
             self._reporter.changed()
+
+    def _on_letters(self) -> None:
+        self._on_report()
+        self._on_free()  # the outbox may have been full of them
 
     def _on_woken(self) -> None:
         """The host was suspended: whoever waits for a time has waited longer than it knows."""

@@ -14,12 +14,12 @@ from remotegpu_schemas.wire import format_time
 
 
 class DeadLetters:
-    """Over the store; `on_resent` is called when one is due again."""
+    """Over the store; `on_changed` is called when one is due again or has gone, which makes room for other reports."""
 
-    def __init__(self, store: Store, boot_id: str, *, on_resent: Callable[[], None]) -> None:
+    def __init__(self, store: Store, boot_id: str, *, on_changed: Callable[[], None]) -> None:
         self._store = store
         self._boot_id = boot_id
-        self._on_resent = on_resent
+        self._on_changed = on_changed
 
     async def page(self, limit: int, offset: int) -> DeadLetterPage:
         """One page, oldest first, without bodies, which may be large."""
@@ -41,7 +41,7 @@ class DeadLetters:
             lambda db: outbox.resend_dead(db, letter_id, self._boot_id), patience_s=STORE_PATIENCE_S
         ):
             raise Refused(Code.DEAD_LETTER_NOT_FOUND, f"dead letter {letter_id} has just gone")
-        self._on_resent()
+        self._on_changed()
         return letter
 
     async def drop(self, letter_id: int) -> DeadLetter:
@@ -49,6 +49,7 @@ class DeadLetters:
         letter = await self.show(letter_id)
         if not await self._store.write(lambda db: outbox.drop_dead(db, letter_id), patience_s=STORE_PATIENCE_S):
             raise Refused(Code.DEAD_LETTER_NOT_FOUND, f"dead letter {letter_id} has just gone")
+        self._on_changed()
         return letter
 
 

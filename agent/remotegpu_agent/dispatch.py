@@ -83,6 +83,8 @@ class Dispatcher:
     async def decide(self) -> int | None:
         """One decision: start what fits. Returns when a delay ends (CLOCK_BOOTTIME ns), if one does."""
         if self.free().slots < 1:
+            if self.is_outbox_full:  # what the host says of itself must not wait for a slot
+                self.is_outbox_full = await self._store.read(outbox.is_full)
             return None  # whoever frees one wakes this loop
         now_ns, limit = self._clock.boottime_ns(), self.capacity.slots + limits.QUEUE_LOOK_AHEAD
 

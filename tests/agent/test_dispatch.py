@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from remotegpu_agent import bookkeeping
-from remotegpu_queue import views
+from remotegpu_queue import outbox, views
 from remotegpu_queue.store import StoreUnavailable
 from remotegpu_schemas.attempt import AttemptId
 from remotegpu_schemas.states import Cause, TaskState
 from remotegpu_sidecar.launcher import Run
-from tests.agent.support import Host, add_attempt, host
+from tests.agent.support import Host, add_attempt, add_report, host
 from tests.waiting import until, until_so
 
 SLEEP: dict[str, Any] = {"command": "sleep 60"}
@@ -235,3 +235,21 @@ async def test_what_was_claimed_starts_though_local_tasks_are_held(parts: Host) 
     await parts.dispatcher.decide()
     assert set(parts.executor.active) == {claimed.attempt_id}
     assert not parts.dispatcher.has_blocked
+
+
+async def test_f16_a_full_outbox_is_no_longer_called_full_though_every_slot_is_taken(
+    parts: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F16: once reports get through the host is not held for full for as long as what fills its slots runs."""
+    monkeypatch.setattr(outbox.is_full, "__defaults__", (2,))
+    await parts.add("one", **SLEEP)
+    await parts.add("other", **SLEEP)
+    for attempt_id in ("a1", "a2"):
+        await add_report(parts.store, attempt_id, "complete")
+    await parts.dispatcher.decide()
+    assert (parts.dispatcher.free().slots, parts.dispatcher.is_outbox_full) == (0, True)
+    await parts.dispatcher.decide()
+    assert parts.dispatcher.is_outbox_full
+    await parts.store.write(lambda db: outbox.drop_reports(db, AttemptId("a1")))
+    await parts.dispatcher.decide()
+    assert (parts.dispatcher.free().slots, parts.dispatcher.is_outbox_full) == (0, False)

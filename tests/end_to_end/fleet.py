@@ -51,6 +51,13 @@ class Fleet:
         await self.plane.service.wait_ended(task_ids, deadline_s)
         return [await self.operator.task(task_id) for task_id in task_ids]
 
+    async def heartbeat(self) -> dict[str, Any]:
+        """The first host's last heartbeat, as an operator of the plane sees it; empty before there is one."""
+        machines = (await self.operator.call("GET", "/machines")).data["machines"]
+        [machine] = [machine for machine in machines if machine["machine_id"] == MACHINE_ID]
+        [agent] = machine["agents"]
+        return agent["heartbeat"] or {}
+
     async def task(self, task: dict[str, Any]) -> dict[str, Any]:
         """One task, from its submission to its end."""
         return (await self.ended(await self.submit(task)))[0]

@@ -7,9 +7,10 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import aiohttp
+import pytest
 
 from control_plane.faults import Respond
 from tests.end_to_end.agent_process import agent
@@ -17,7 +18,16 @@ from tests.end_to_end.fleet import Fleet, fleet
 from tests.end_to_end.gates import Gate
 from tests.waiting import DEADLINE_S, until
 
-ALLOWED = 5
+ALLOWED: Final = 5
+POLLS: Final = {"heartbeat_interval": 0.2, "long_poll": 0, "poll_interval": 0.1}
+"""No claim is on its way for long."""
+SHORT: Final[dict[str, tuple[dict[str, float], str, str]]] = {
+    "disk_free_gb": ({"disk_free_gb": 65536}, "disk_full", "(admission.disk_free_gb)"),
+    "inodes_free": ({"inodes_free": 10**9}, "inodes_used_up", "(admission.inodes_free)"),
+    "memory_free_gb": ({"memory_free_gb": 65536}, "memory_short", "(admission.memory_free_gb)"),
+    "drain": ({}, "draining", "new driver"),
+}
+"""More than any machine has that runs these tests; which block that is; words of its sentence."""
 
 
 def breaker(mark: Path) -> dict[str, Any]:
@@ -91,6 +101,45 @@ async def test_f53_the_breaker_stays_open_over_a_restart(tmp_path: Path) -> None
         assert states.count("failed") <= ALLOWED
         mark.mkdir()
         await all_of_it.ended(task_ids)
+
+
+@pytest.mark.parametrize("why", SHORT)
+async def test_nothing_is_claimed_for_one_reason_that_everybody_is_told(tmp_path: Path, why: str) -> None:
+    """A host without the disk, inodes or memory asked for, or drained, makes no claim from its start on.
+
+    The plane hears in heartbeats the very sentence that the status shows; the metrics name the kind.
+    """
+    floor, kind, words = SHORT[why]
+    async with fleet(tmp_path, {"admission": floor, "control_plane": POLLS}, is_started=False) as all_of_it:
+        host, faults = all_of_it.host, all_of_it.plane.faults
+        if not floor:
+            await host.start()
+            await host.post("/drain", {"reason": words})
+            await host.stop()
+        claims = faults.calls["claim"]
+        [task_id] = await all_of_it.submit({"command": "true"})
+        await host.start()
+
+        async def is_same() -> str:
+            """The one sentence, once both have it from the same look: what is free changes all the time."""
+            found = (await host.get("/queue/status"))["reasons"]
+            return str(found[0]) if len(found) == 1 and (await all_of_it.heartbeat()).get("reasons") == found else ""
+
+        assert words in await until(is_same)
+        await faults.wait_calls("heartbeat", faults.calls["heartbeat"] + 3, DEADLINE_S)
+        status = await host.get("/queue/status")
+        assert (status["state"], [block["kind"] for block in status["blocks"]]) == (
+            "draining" if kind == "draining" else "degraded",
+            [kind],
+        )
+        assert status["reasons"] == [block["reason"] for block in status["blocks"]]
+        assert (await all_of_it.heartbeat())["state"] == status["state"]
+        gauges = [line for line in (await host_metrics(all_of_it))[1].splitlines() if "claims_blocked{" in line]
+        assert [line for line in gauges if not line.endswith(" 0.0")] == [
+            f'remotegpu_claims_blocked{{reason="{kind}"}} 1.0'
+        ]
+        assert faults.calls["claim"] == claims
+        assert (await all_of_it.operator.task(task_id))["status"] == "pending"
 
 
 async def test_f37_drain_leaves_running_tasks_and_takes_no_others(tmp_path: Path) -> None:

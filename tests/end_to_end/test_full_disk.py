@@ -15,7 +15,7 @@ import pytest
 from tests.end_to_end.agent_process import AgentProcess
 from tests.end_to_end.fleet import fleet
 from tests.end_to_end.gates import Gate
-from tests.waiting import until, until_so
+from tests.waiting import DEADLINE_S, until, until_so
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
 
@@ -111,8 +111,9 @@ async def test_f24_a_restart_on_a_full_disk(tmp_path: Path, disk: SmallDisk, kin
 async def test_f24_a_disk_that_fills_up_while_the_agent_runs(tmp_path: Path, disk: SmallDisk) -> None:
     """F24: what runs goes on, nothing is claimed and the plane is told why; with room everything goes on."""
     gate = Gate(tmp_path / "gate")
-    async with fleet(tmp_path, settings(disk), is_started=False) as all_of_it:
-        host = all_of_it.host
+    polls = {"control_plane": {"heartbeat_interval": 0.2, "long_poll": 0, "poll_interval": 0.1}}
+    async with fleet(tmp_path, settings(disk) | polls, is_started=False) as all_of_it:
+        host, faults = all_of_it.host, all_of_it.plane.faults
         host.state_dir = disk.directory / "state"
         await host.start()
         [running] = await all_of_it.submit({"command": f"{gate.wait}; exit 5"})
@@ -125,7 +126,17 @@ async def test_f24_a_disk_that_fills_up_while_the_agent_runs(tmp_path: Path, dis
             )
 
         await until(is_told)
+        await faults.wait_calls("heartbeat", faults.calls["heartbeat"] + 2, DEADLINE_S)  # no claim is on its way now
+        claims = faults.calls["claim"]
         [waiting] = await all_of_it.submit({"command": "true"})
+        await faults.wait_calls("heartbeat", faults.calls["heartbeat"] + 2, DEADLINE_S)
+        assert faults.calls["claim"] == claims
+        assert (await all_of_it.operator.task(waiting))["status"] == "pending"
+        told = await all_of_it.heartbeat()
+        assert (told["state"], ["of the state directory's disk" in why for why in told["reasons"]]) == (
+            "degraded",
+            [True],
+        )
         gate.open()
         disk.empty()
         [first, second] = await all_of_it.ended([running, waiting])

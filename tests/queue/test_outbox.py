@@ -148,6 +148,18 @@ def test_limit(db: sqlite3.Connection) -> None:
     assert len(due(db, limit=3)) == 3
 
 
+def test_the_bound_counts_dead_letters(db: sqlite3.Connection) -> None:
+    """The outbox is full from its bound on, not one report before; a dead letter takes a place like any other."""
+    report(db, "a1")
+    report(db, "a2")
+    outbox.report_dead(db, due(db)[0].id, "30005")
+    assert not outbox.is_full(db, bound=3)
+    report(db, "a3")
+    assert outbox.is_full(db, bound=3)
+    outbox.report_delivered(db, due(db)[0])
+    assert not outbox.is_full(db, bound=3)
+
+
 def _steps(db: sqlite3.Connection, query: str, values: dict[str, object]) -> int:
     """How many instructions SQLite needs for a query, in hundreds: its cost, without a clock."""
     count = 0
