@@ -22,6 +22,7 @@ from remotegpu_schemas.limits import AUDIT_LINE_MAX_BYTES
 
 _VALUE_MAX_CHARS: Final = 1024
 _VALUE_MIN_CHARS: Final = 64
+_DAYS: Final = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9].jsonl"
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger(__name__)
 
@@ -58,9 +59,24 @@ class AuditLog:
         """Remove the files of days that were over before this time (seconds since the epoch); how many. Blocking."""
         first_kept = f"{datetime.datetime.fromtimestamp(before_s, datetime.UTC):%Y-%m-%d}.jsonl"
         dropped = 0
-        for path in self._directory.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9].jsonl"):
+        for path in self._directory.glob(_DAYS):
             if path.name < first_kept:
                 path.unlink(missing_ok=True)
+                dropped += 1
+        return dropped
+
+    def drop_above(self, max_bytes: int, now_s: float) -> int:
+        """Remove the files of the oldest days until all are within this size; how many. Blocking, safe to repeat.
+
+        The file of the day of `now_s` (seconds since the epoch) counts, but stays whatever its size. Raises OSError.
+        """
+        today = f"{datetime.datetime.fromtimestamp(now_s, datetime.UTC):%Y-%m-%d}.jsonl"
+        sizes = {path: path.lstat().st_size for path in sorted(self._directory.glob(_DAYS))}
+        excess_bytes, dropped = sum(sizes.values()) - max_bytes, 0
+        for path, size_bytes in sizes.items():
+            if excess_bytes > 0 and path.name != today:
+                path.unlink(missing_ok=True)
+                excess_bytes -= size_bytes
                 dropped += 1
         return dropped
 

@@ -171,9 +171,13 @@ class RetentionSection(Form):
 
 
 class AuditSection(Form):
-    """`audit:`; how long a day's file is kept, in seconds."""
+    """`audit:`; how long a day's file is kept, in seconds, and how much of all of them, in GiB.
+
+    Above `max_size_gb` (0 is no bound) the oldest days go first; today's file stays.
+    """
 
     retention: Span = 90 * 86400.0
+    max_size_gb: Annotated[float, Field(ge=0, le=1024 * 1024, allow_inf_nan=False)] = 1.0
 
 
 class LegacyCallerSection(Form):

@@ -330,6 +330,7 @@ class Agent:
             max_age_s=retention.max_age,
             size_max_bytes=round(retention.max_size_gb * limits.GIB),
             audit_max_age_s=self._config.audit.retention,
+            audit_size_max_bytes=round(self._config.audit.max_size_gb * limits.GIB),
         )
         return Retention(
             self._store,

@@ -1,4 +1,4 @@
-"""Forgets finished tasks by age and by size, with their directories; old audit files; what nobody knows any more.
+"""Forgets finished tasks and audit files by age and by size, tasks with their directories; what nobody knows any more.
 
 What may be forgotten is `maintenance.py`'s to say. A task's directories are thrown away inside of the unit that forgets
 it: whoever claims the same task again makes new ones in a later one.
@@ -33,11 +33,12 @@ SIZE_SPARES_S: Final = 3600.0
 
 @dataclass(frozen=True)
 class RetentionSettings:
-    """Ages in seconds; `size_max_bytes` 0 is no bound."""
+    """Ages in seconds; a size of 0 is no bound."""
 
     max_age_s: float
     size_max_bytes: int
     audit_max_age_s: float
+    audit_size_max_bytes: int
 
 
 @dataclass
@@ -93,8 +94,7 @@ class Retention:
         done.tasks_by_age = await self._forget_by_age()
         done.tasks_by_size = await self._forget_by_size()
         done.strays = await self._drop_strays()
-        before_s = self._wall_s() - self._settings.audit_max_age_s
-        done.audit_files = await asyncio.to_thread(self._audit.drop_before, before_s)
+        done.audit_files = await asyncio.to_thread(self._drop_audit_files)
         for trash in (self._attempts, self._work):
             done.entries += await self._empty(trash)
         return done
@@ -187,6 +187,11 @@ class Retention:
             return sum(self._work.throw(name) for name in maintenance.unknown_tasks(db, unknown))
 
         return await self._store.write(unit) if unknown else 0
+
+    def _drop_audit_files(self) -> int:
+        now_s, max_bytes = self._wall_s(), self._settings.audit_size_max_bytes
+        dropped = self._audit.drop_before(now_s - self._settings.audit_max_age_s)
+        return dropped + self._audit.drop_above(max_bytes, now_s) if max_bytes else dropped
 
     async def _empty(self, trash: Trash) -> int:
         removed = 0

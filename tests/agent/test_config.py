@@ -63,7 +63,7 @@ api:
   tls_key_file: null
 results: {inline_limit_kb: 64, s3: null}
 webhooks: []
-audit: {retention: 90d}
+audit: {retention: 90d, max_size_gb: 1}
 host_operations: {}
 log: {level: info, format: auto}
 """
@@ -88,6 +88,7 @@ DOCUMENTED_KEYS = {
     "results.s3": "null",
     "webhooks": "[]",
     "audit.retention": "90d",
+    "audit.max_size_gb": "1",
     "host_operations": "{}",
 }
 
@@ -381,6 +382,7 @@ def test_duplicate_sections() -> None:
         ("control_plane: {url: 'http://plane/api/v1/agent'}", "must end before /api/v1/agent"),
         ("control_plane: {url: 'http://plane/?x=1'}", "must not have a '?' or '#' part"),
         ("control_plane: {timeout: 0}", "'control_plane.timeout' must be more than 0"),
+        ("audit: {max_size_gb: -1}", "'audit.max_size_gb' must be at least 0, not -1"),
         ("log: {level: trace}", "'log.level' must be debug, info, warning or error"),
         ("log: {level: [info]}", "'log.level' must be"),
     ],

@@ -34,9 +34,11 @@ class Kept:
     live: set[str]
     now_s: float = NOW_S
 
-    def retention(self, *, max_age_s: float = 7 * DAY_S, size_max_bytes: int = 0) -> Retention:
+    def retention(
+        self, *, max_age_s: float = 7 * DAY_S, size_max_bytes: int = 0, audit_max_bytes: int = 0
+    ) -> Retention:
         """One that keeps so much."""
-        settings = RetentionSettings(max_age_s, size_max_bytes, 90 * DAY_S)
+        settings = RetentionSettings(max_age_s, size_max_bytes, 90 * DAY_S, audit_max_bytes)
         audit = AuditLog(self.state_dir / "audit")
         return Retention(
             self.store, self.state_dir, audit, settings, wall_s=lambda: self.now_s, is_live=self.live.__contains__
@@ -184,6 +186,35 @@ async def test_audit_files_go_by_day(kept: Kept) -> None:
     days = sorted(path.name for path in (kept.state_dir / "audit").iterdir())
     assert days == ["1970-01-11.jsonl", "1970-01-12.jsonl", "1970-04-11.jsonl", "notes.jsonl"]
     assert json.loads((kept.state_dir / "audit" / days[0]).read_text())["who"] == "uid:0"
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "kept_days_ago"),
+    [(0, [0, 1, 2, 3]), (4000, [0, 1, 2, 3]), (3999, [0, 1, 2]), (2000, [0, 1]), (1999, [0]), (1, [0])],
+)
+async def test_above_their_size_the_audit_files_of_the_oldest_days_go(
+    kept: Kept, max_bytes: int, kept_days_ago: list[int]
+) -> None:
+    """As few as bring the rest within the bound; today's stays even alone above it, other files are not touched."""
+    audit = kept.state_dir / "audit"
+    audit.mkdir()
+    days = [f"1970-04-{11 - days_ago:02}.jsonl" for days_ago in range(4)]
+    for name in (*days, "notes.jsonl"):
+        (audit / name).write_bytes(bytes(1000))
+    done = await kept.retention(audit_max_bytes=max_bytes).round()
+    assert done.audit_files == 4 - len(kept_days_ago)
+    assert {path.name for path in audit.iterdir()} == {"notes.jsonl", *(days[days_ago] for days_ago in kept_days_ago)}
+    assert await kept.retention(audit_max_bytes=max_bytes).round() == Round()
+
+
+async def test_a_clock_that_went_back_saves_no_audit_file_from_its_size(kept: Kept) -> None:
+    """Files of days to come are the newest; today's own stays, though it is the oldest then."""
+    audit = kept.state_dir / "audit"
+    audit.mkdir()
+    for name in ("1970-04-11.jsonl", "1970-04-12.jsonl", "1970-04-13.jsonl"):
+        (audit / name).write_bytes(bytes(1000))
+    assert (await kept.retention(audit_max_bytes=2000).round()).audit_files == 1
+    assert {path.name for path in audit.iterdir()} == {"1970-04-11.jsonl", "1970-04-13.jsonl"}
 
 
 async def test_a_crash_between_the_directories_and_the_row_is_made_good(kept: Kept) -> None:

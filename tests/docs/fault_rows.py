@@ -245,5 +245,11 @@ ROWS: Final[dict[str, Row]] = {
         (5, 6),
         Part.GPUS,
     ),
-    "F55": Row("loss of contact shorter than the lease", "nothing is killed, nothing is reported twice", (3, 4)),
+    "F55": Row(
+        "loss of contact shorter than the lease",
+        "nothing is killed, nothing is reported twice",
+        (3, 4),
+        figure="with the default config a loss of 60 s kills nothing from a lease of 229 s on (300 s is the default), "
+        "from 167 s on where connections are refused (`simulation/test_contact.py`)",
+    ),
 }

@@ -1,9 +1,10 @@
-"""F24: the state directory's disk is full, at a start or while the agent runs: a small file system of its own."""
+"""F24, F25: the state directory's disk, a small one of its own, is full at a start or later, or turns read-only."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from remotegpu_schemas.limits import MIB
 from tests.end_to_end.agent_process import AgentProcess
 from tests.end_to_end.fleet import fleet
 from tests.end_to_end.gates import Gate
@@ -51,7 +53,7 @@ def disk(tmp_path: Path) -> Iterator[SmallDisk]:
     subprocess.run(["umount", "--lazy", str(directory)], check=True)
 
 
-def settings(disk: SmallDisk, kind: str = "admission") -> dict[str, Any]:
+def settings(disk: SmallDisk | LockableDisk, kind: str = "admission") -> dict[str, Any]:
     """An agent on the small disk."""
     floors = {"disk_free_gb": 0.001 if kind == "admission" else 0, "inodes_free": 0}
     return {"agent": {"state_dir": str(disk.directory / "state")}, "admission": floors}
@@ -141,3 +143,87 @@ async def test_f24_a_disk_that_fills_up_while_the_agent_runs(tmp_path: Path, dis
         disk.empty()
         [first, second] = await all_of_it.ended([running, waiting])
         assert (first["result"]["exit_code"], second["status"]) == (5, "completed")
+
+
+class LockableDisk:
+    """A file system of 32 MiB that turns read-only under open files, and can be written again.
+
+    A real remount is refused while anything is open for writing, and one that an error has turned read-only stays so
+    until nobody uses it. So a read-only mount of the same disk lies over it: what is opened is refused as read-only.
+    What is open already is made immutable: each write is refused. (But for SQLite's shared memory, which is no data.)
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def lock(self) -> None:
+        """Nothing can be written any more."""
+        self._mark("+i")
+        _run("mount", "--bind", str(self.directory), str(self.directory))
+        _run("mount", "-o", "remount,ro,bind", str(self.directory))
+        with pytest.raises(OSError, match="Read-only file system"):
+            (self.directory / "new").touch()
+
+    def unlock(self) -> None:
+        """As before."""
+        _run("umount", str(self.directory))
+        self._mark("-i")
+
+    def _mark(self, change: str) -> None:
+        for parent, _, names in os.walk(self.directory):
+            paths = [Path(parent), *(Path(parent) / name for name in names)]
+            marked = [str(path) for path in paths if path.name[-4:] != "-shm" and (path.is_dir() or path.is_file())]
+            _run("chattr", change, *marked)
+
+
+def _run(*argv: str) -> None:
+    subprocess.run(argv, check=True)
+
+
+@pytest.fixture
+def lockable(tmp_path: Path) -> Iterator[LockableDisk]:
+    """Mounted, and gone afterwards."""
+    if shutil.which("mkfs.ext4") is None or shutil.which("chattr") is None:
+        pytest.skip("needs mkfs.ext4 and chattr")
+    image, directory = tmp_path / "image", tmp_path / "lockable"
+    directory.mkdir()
+    with image.open("wb") as file:
+        file.truncate(32 * MIB)
+    _run("mkfs.ext4", "-q", "-F", str(image))
+    _run("mount", "-o", "loop", str(image), str(directory))
+    yield LockableDisk(directory)
+    _run("umount", "--recursive", "--lazy", str(directory))
+
+
+async def test_f25_a_disk_that_turns_read_only_while_the_agent_runs(tmp_path: Path, lockable: LockableDisk) -> None:
+    """F25: the task goes on, more is refused with a reason; once writing is possible its end is told and more taken."""
+    gate, later = Gate(tmp_path / "gate"), Gate(tmp_path / "later")
+    async with fleet(tmp_path, settings(lockable, "store"), is_started=False) as all_of_it:
+        host = all_of_it.host
+        host.state_dir = lockable.directory / "state"
+        await host.start()
+        alive = tmp_path / "alive"
+        [claimed] = await all_of_it.submit(
+            {"command": f"echo precious; {gate.wait}; touch {alive}; {later.wait}; exit 5"}
+        )
+        before = await host.wait_running(claimed)
+        await host.until_shown(f"/tasks/{claimed}/logs", lambda log: log["text"] == "precious\n")
+        lockable.lock()
+        status, body = await host.call("POST", "/tasks", data='{"task": {"id": "late", "command": "true"}}')
+        assert (status, "the database cannot be written" in body["message"]) == (503, True), body
+        [waiting] = await all_of_it.submit({"command": "true"})
+        gate.open()
+        await until_so(alive.exists)
+        later.open()
+        await until_so(lambda: not Path(f"/proc/{before['process_id']}").exists())
+        assert (await host.get(f"/tasks/{claimed}"))["state"] == "running"  # its end cannot be stored yet
+        lockable.unlock()
+        [task, second] = await all_of_it.ended([claimed, waiting])
+        assert (task["result"]["exit_code"], task["result"]["stdout"]) == (5, "precious\n")
+        assert second["status"] == "completed"
+
+        async def is_taken() -> bool:
+            return (await host.call("POST", "/tasks", data='{"task": {"id": "late", "command": "true"}}'))[0] == 200
+
+        await until(is_taken)
+        assert (await host.wait_for("late"))["state"] == "completed"

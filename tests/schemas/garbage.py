@@ -16,7 +16,7 @@ SLIPS_MAX: Final = 4
 
 
 def fuzz(long: int) -> settings:
-    """How many examples a test tries in `make test-long`; those of all such tests together are above 100,000."""
+    """How many examples a test tries in `make test-long`; `test_garbage.py` says how many they must be together."""
     return settings(
         deadline=None, print_blob=True, max_examples=scaled(60, long), suppress_health_check=[HealthCheck.too_slow]
     )

@@ -70,7 +70,15 @@ def _disks() -> list[Disk]:
 
 
 @functools.cache
-def _config(slots: int, on_unreachable: OnUnreachable) -> Config:
+def _config(slots: int, on_unreachable: OnUnreachable, has_defaults: bool) -> Config:
+    if has_defaults:
+        return Config(
+            agent=AgentSection(state_dir=_state_dir()),
+            control_plane=ControlPlaneSection(url="http://plane.invalid"),
+            lease=LeaseSection(on_unreachable=on_unreachable),
+            capacity=CapacitySection(max_concurrent=slots, cpus=float(slots), memory_gb=8.0),
+            api=ApiSection(listen=None, socket=None),
+        )
     return Config(
         agent=AgentSection(state_dir=_state_dir()),
         control_plane=ControlPlaneSection(
@@ -95,6 +103,10 @@ class Scene:
     term_s: float | None = 0.1
     continues: bool = False
     """`lease.on_unreachable: continue`."""
+    cut_refuses: bool | None = None
+    """Whether connections are refused at once, or hang; None is by chance."""
+    has_defaults: bool = False
+    """The agent has the durations of the default config, and the task its grace period, not shorter ones."""
 
 
 class Simulation:
@@ -137,6 +149,7 @@ class Simulation:
         continues = scene.continues if scene is not None else self.random.random() < 0.05
         self.judge.gives_up_promise_2 = continues
         self._on_unreachable = OnUnreachable.CONTINUE if continues else OnUnreachable.STOP
+        self._has_defaults = scene is not None and scene.has_defaults
         self._ends: list[Callable[[], object]] = []
         self._has_healed = False
         self._rest_until_s = self._longest_s = 0.0
@@ -168,7 +181,7 @@ class Simulation:
             machine_id,
             self.timeline,
             self.random,
-            _config(self.random.choice((1, 2, 3)), self._on_unreachable),
+            _config(self.random.choice((1, 2, 3)), self._on_unreachable, self._has_defaults),
             disk,
             self.network,
             self.judge,
@@ -198,12 +211,14 @@ class Simulation:
     def _stage(self, scene: Scene) -> None:
         self._scripts["t1"] = [Script(duration_s=scene.task_s, term_s=scene.term_s)]
         self._longest_s = 2 * scene.task_s
-        self.plane.submit({"id": "t1", "command": "true", "grace_period_sec": 5})
+        spec: JsonObject = {"id": "t1", "command": "true"}
+        self.plane.submit(spec if scene.has_defaults else {**spec, "grace_period_sec": 5})
         link = self.network.links["m1"]
 
         def cut() -> None:
             self._say("fault", "cut off")
-            link.is_cut, link.cut_refuses = True, self.random.random() < 0.5
+            by_chance = self.random.random() < 0.5
+            link.is_cut, link.cut_refuses = True, by_chance if scene.cut_refuses is None else scene.cut_refuses
 
         def mend() -> None:
             link.is_cut = False

@@ -182,7 +182,7 @@ def check_data(data: Mapping[str, Any]) -> None:
     check_texts(target.url, target.method, target.key)
 
 
-@fuzz(15_000)
+@fuzz(20_000)
 @given(
     body=near(STRICT_ANSWER, DIALECT_KEYS) | near(DEPLOYED_ANSWER, DIALECT_KEYS),
     encode=encoded,
@@ -204,7 +204,7 @@ def test_answers_with_slips(
     check_data(answer.data)
 
 
-@fuzz(15_000)
+@fuzz(20_000)
 @given(item=near(STRICT_TASK, DIALECT_KEYS) | near(DEPLOYED_TASK, DIALECT_KEYS))
 def test_claimed_tasks_with_slips(item: Any) -> None:
     """A claimed task in either dialect is a task, a refusal or unusable, beside a good one that it does not hurt."""
