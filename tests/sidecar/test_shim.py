@@ -14,6 +14,7 @@ from remotegpu_schemas.attempt import EndedBy, RunEnded, RunSpec
 from remotegpu_sidecar import identity, tree
 from remotegpu_sidecar.launcher import Launcher, Run
 from remotegpu_sidecar.output import read_output
+from tests.frozen import frozen
 from tests.sidecar.support import both_placements, launched, make_spec, pid_from, python, sh, unique, until, until_file
 
 MIB = 1024 * 1024
@@ -395,12 +396,11 @@ async def test_natural_end_before_the_request_is_an_exit(launcher: Launcher, tmp
     os.mkfifo(tmp_path / "fifo")
     run = await launched(launcher, make_spec(*sh(f"read line <{tmp_path}/fifo; exit 3")))
     assert run.started is not None
-    os.kill(run.shim.pid, signal.SIGSTOP)
-    (tmp_path / "fifo").write_text("go\n")
-    main = run.started.process
-    await until(lambda: not identity.is_alive(main), "the task's end")
-    run.stop()
-    os.kill(run.shim.pid, signal.SIGCONT)
+    with frozen(run.shim.pid):
+        (tmp_path / "fifo").write_text("go\n")
+        main = run.started.process
+        await until(lambda: not identity.is_alive(main), "the task's end")
+        run.stop()
     ended = await ended_of(run)
     assert (ended.ended_by, ended.exit_code) == (EndedBy.EXIT, 3)
 
