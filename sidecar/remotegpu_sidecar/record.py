@@ -2,9 +2,10 @@
 
 A line is one JSON object that starts with the fixed prefix `{"v":1,"crc":"xxxxxxxx",`; the checksum is the CRC-32
 of everything between that prefix and the newline. Nothing is ever fsynced: a killed process loses nothing, and after
-a power cut a torn line counts as not written. The version
-is that of the whole directory: `deadline`, `suspend` and the output have none of their own. Kinds: `spec`, `shim`, `starting`, `started`, `suspended`, `resumed`,
-`ended`.
+a power cut a torn line counts as not written. The version is that of the whole directory: `deadline`, `suspend` and the
+output have none of their own.
+
+Kinds: `spec`, `shim`, `starting`, `started`, `suspended`, `resumed`, `ended`.
 """
 
 from __future__ import annotations

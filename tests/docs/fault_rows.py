@@ -76,8 +76,8 @@ ROWS: Final[dict[str, Row]] = {
         "agent killed 100 times at random moments over 500 tasks",
         "all results right, none twice",
         (1, 2, 3, 4),
-        figure="500 tasks, 100 kills in 431 s, one attempt fenced, nothing lost, nothing twice (`chaos/test_kills.py` at "
-        "full length)",
+        figure="500 tasks, 100 kills in 431 s, one attempt fenced, nothing lost, nothing twice "
+        "(`chaos/test_kills.py` at full length)",
     ),
     "F08": Row("spawner killed", "a new spawner; running tasks untouched", (3,)),
     "F09": Row(
