@@ -33,7 +33,8 @@ FIGURES: Final = (
     Figure(
         "adoption", "start of an agent that adopts 100 running tasks", "s", peer="start", aim=1.5, is_less_better=True
     ),
-    Figure("cat", "output through `cat >file`", "MiB/s"),
+    Figure("cat", "output through `cat >file`, in a session of its own", "MiB/s"),
+    Figure("cat_pipeline", "output through `cat >file`, in the writer's session", "MiB/s"),
     Figure("output", "output of a task, all of it kept", "MiB/s", peer="cat"),
     Figure("output_bounded", "output of a task, 100 MiB of it kept", "MiB/s", peer="cat"),
     Figure("output_growth", "memory that its shim has gained meanwhile", "MiB", aim=2, is_less_better=True),
@@ -75,7 +76,8 @@ def _round(tasks: int, starts: int, output_mb: int) -> Round:
         "shim": _in_folder(supervision.shim_memory_mb),
         "start": _in_folder(supervision.start_s),
         "adoption": _in_folder(supervision.adoption_s),
-        "cat": _in_folder(lambda folder: supervision.cat_mb_per_s(folder, output_mb)),
+        "cat": _in_folder(lambda folder: supervision.cat_mb_per_s(folder, output_mb, has_own_session=True)),
+        "cat_pipeline": _in_folder(lambda folder: supervision.cat_mb_per_s(folder, output_mb, has_own_session=False)),
     }
     with _folder() as folder:
         found["output"], _ = supervision.output_mb_per_s(folder, output_mb, 2 * output_mb)
