@@ -29,6 +29,7 @@ def read_host(state_dir: Path) -> Readings:
         disk_free_bytes=disk.f_bavail * disk.f_frsize,
         inodes_free=disk.f_favail if disk.f_files else None,  # btrfs and others count none
         memory_available_bytes=int(psutil.virtual_memory().available),
+        is_read_only=bool(disk.f_flag & os.ST_RDONLY),  # after an error of the disk the kernel remounts it so
     )
 
 

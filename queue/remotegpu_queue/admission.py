@@ -20,6 +20,7 @@ class BlockKind(enum.StrEnum):
     UNREGISTERED = "unregistered"
     OUTBOX_FULL = "outbox_full"
     BREAKER_OPEN = "breaker_open"
+    DISK_READ_ONLY = "disk_read_only"
     DISK_FULL = "disk_full"
     INODES_USED_UP = "inodes_used_up"
     MEMORY_SHORT = "memory_short"
@@ -40,6 +41,8 @@ class Readings:
     disk_free_bytes: int
     inodes_free: int | None
     memory_available_bytes: int
+    is_read_only: bool = False
+    """Nothing can be written to the state directory's file system, whatever is free."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Floors:
     memory_bytes: int
 
 
-STORAGE_KINDS: Final = frozenset({BlockKind.DISK_FULL, BlockKind.INODES_USED_UP})
+STORAGE_KINDS: Final = frozenset({BlockKind.DISK_READ_ONLY, BlockKind.DISK_FULL, BlockKind.INODES_USED_UP})
 """With these not even a waiting task can be kept."""
 
 _RELEASE_FACTOR: Final = 1.1
@@ -65,6 +68,9 @@ def host_blocks(readings: Readings, floors: Floors, held: Collection[BlockKind] 
         return floor > 0 and free < floor * (_RELEASE_FACTOR if kind in held else 1.0)
 
     found = []
+    if readings.is_read_only:
+        sentence = "the state directory's file system is read-only: look for its errors in the kernel's log, remount it"
+        found.append(Block(BlockKind.DISK_READ_ONLY, sentence))
     if is_short(BlockKind.DISK_FULL, readings.disk_free_bytes, floors.disk_bytes):
         free, floor = readings.disk_free_bytes // MIB, floors.disk_bytes // MIB
         sentence = f"{free} MiB of the state directory's disk are free, {floor} are needed (admission.disk_free_gb)"

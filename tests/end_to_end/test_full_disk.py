@@ -210,7 +210,10 @@ async def test_f25_a_disk_that_turns_read_only_while_the_agent_runs(tmp_path: Pa
         await host.until_shown(f"/tasks/{claimed}/logs", lambda log: log["text"] == "precious\n")
         lockable.lock()
         status, body = await host.call("POST", "/tasks", data='{"task": {"id": "late", "command": "true"}}')
-        assert (status, "the database cannot be written" in body["message"]) == (503, True), body
+        assert (status, "read-only" in body["message"] or "cannot be written" in body["message"]) == (503, True), body
+        await host.until_shown(
+            "/queue/status", lambda status: [block["kind"] for block in status["blocks"]] == ["disk_read_only"]
+        )
         [waiting] = await all_of_it.submit({"command": "true"})
         gate.open()
         await until_so(alive.exists)

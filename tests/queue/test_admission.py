@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from remotegpu_queue.admission import BlockKind, Floors, Readings, host_blocks
+from remotegpu_queue.admission import STORAGE_KINDS, BlockKind, Floors, Readings, host_blocks
 from remotegpu_schemas.limits import GIB
 
 FLOORS = Floors(disk_bytes=GIB, inodes=10_000, memory_bytes=GIB // 4)
@@ -41,6 +41,14 @@ def test_each_want_is_told_with_figure_floor_and_key(readings: Readings, kind: B
 def test_a_floor_of_nothing_is_switched_off() -> None:
     """0 asks for nothing, even of a full disk."""
     assert kinds(Readings(0, 0, 0), Floors(0, 0, 0)) == set()
+
+
+def test_f25_a_disk_that_is_read_only_blocks_whatever_is_free() -> None:
+    """F25: no setting switches that off: not even a waiting task could be kept."""
+    [block] = host_blocks(Readings(2 * GIB, 20_000, GIB, is_read_only=True), Floors(0, 0, 0))
+    assert block.kind is BlockKind.DISK_READ_ONLY
+    assert block.kind in STORAGE_KINDS
+    assert "is read-only" in block.reason
 
 
 def test_a_host_at_the_edge_does_not_flap() -> None:
