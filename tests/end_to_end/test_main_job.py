@@ -11,7 +11,7 @@ from control_plane.faults import DropAfter, Respond, hiccup
 from remotegpu_schemas.errors import Code
 from tests.end_to_end.fleet import fleet
 from tests.end_to_end.gates import Gate
-from tests.waiting import DEADLINE_S
+from tests.waiting import DEADLINE_S, until
 
 
 async def test_500_tasks_three_kills_none_lost_none_twice(tmp_path: Path) -> None:
@@ -242,3 +242,20 @@ async def test_the_agent_comes_up_before_the_plane(tmp_path: Path) -> None:
         assert (status["state"], status["control_plane"]["is_registered"]) == ("degraded", False)
         await all_of_it.plane.start()
         assert (await all_of_it.task({"command": "true"}))["status"] == "completed"
+
+
+async def test_what_can_never_fit_here_is_handed_back(tmp_path: Path) -> None:
+    """A claimed task that asks for more than this host has is released unstarted, with the reason in the log."""
+    async with fleet(tmp_path) as all_of_it:
+        [task_id] = await all_of_it.submit({"command": "true", "resources": {"cpus": 400}})
+
+        async def is_handed_back() -> bool:
+            return "released" in await all_of_it.operator.events(task_id)
+
+        await until(is_handed_back)
+        assert (await all_of_it.operator.task(task_id))["completions"]["accepted"] == 0
+        events = all_of_it.host.events()
+        said = [event["reason"] for event in events if event["event"] == "a claimed task is given back"]
+        assert said
+        assert "400" in said[0]
+        await all_of_it.operator.call("POST", f"/tasks/{task_id}/cancel")
