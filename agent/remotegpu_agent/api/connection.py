@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import enum
 import fcntl
+import socket
 import struct
 import termios
 from collections.abc import Callable
@@ -29,6 +30,9 @@ _TAKEN_MIN_BYTES: Final = 16 * limits.KIB
 """Of a full buffer so much is taken within the patience with slow readers, or the reader is given up."""
 
 _INT: Final = struct.Struct("i")
+_LONG: Final = struct.Struct("Q")
+_ACKED_OFFSET: Final = 120
+"""`tcpi_bytes_acked` in struct tcp_info of linux/tcp.h."""
 
 log: structlog.typing.FilteringBoundLogger = structlog.get_logger(__name__)
 
@@ -52,33 +56,41 @@ class Patience:
 
 
 class WriteWatch:
-    """Whether the other side takes what waits for it. Pure: told how much waits, and when."""
+    """Whether the other side takes what waits for it. Pure: told how much waits, and when.
+
+    Where it is known how much was taken since the beginning (`acked_bytes`), that counts: what waits is filled up again
+    as fast as it is taken, and looks the same each time.
+    """
 
     def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
         self._since: float | None = None
         self._last_bytes = 0
         self._taken_bytes = 0
+        self._acked_bytes: int | None = None
 
     def took(self) -> None:
         """The buffer was emptied far enough to write on: begin anew."""
         self._since = None
 
-    def is_stalled(self, waiting_bytes: int, now: float) -> bool:
+    def is_stalled(self, waiting_bytes: int, now: float, acked_bytes: int | None = None) -> bool:
         """Whether too little was taken for too long, given what waits now."""
         if waiting_bytes == 0:
             self._since = None
             return False
         if self._since is None:
-            self._since, self._last_bytes, self._taken_bytes = now, waiting_bytes, 0
+            self._since, self._last_bytes, self._taken_bytes, self._acked_bytes = now, waiting_bytes, 0, acked_bytes
             return False
-        self._taken_bytes += max(0, self._last_bytes - waiting_bytes)
+        if acked_bytes is not None and self._acked_bytes is not None:
+            self._taken_bytes = acked_bytes - self._acked_bytes
+        else:
+            self._taken_bytes += max(0, self._last_bytes - waiting_bytes)
         self._last_bytes = waiting_bytes
         if now - self._since < self._patience_s:
             return False
         if self._taken_bytes < _TAKEN_MIN_BYTES:
             return True
-        self._since, self._taken_bytes = now, 0
+        self._since, self._taken_bytes, self._acked_bytes = now, 0, acked_bytes
         return False
 
 
@@ -223,7 +235,7 @@ class Connection(web.RequestHandler):
         if self._link is None:
             return Verdict.STAYS
         if waiting_bytes := _waiting_bytes(self._link):
-            is_stalled = self._write_watch.is_stalled(waiting_bytes, now)
+            is_stalled = self._write_watch.is_stalled(waiting_bytes, now, _acked_bytes(self._link))
             self._quiet_since = now
             return Verdict.SLOW_READER if is_stalled else Verdict.STAYS
         self._write_watch.took()
@@ -270,6 +282,16 @@ def _waiting_bytes(link: asyncio.Transport) -> int:
         return waiting_bytes  # closed meanwhile
     queued = fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(_INT.size))
     return waiting_bytes + int(_INT.unpack(queued)[0])
+
+
+def _acked_bytes(link: asyncio.Transport) -> int | None:
+    """What the other side's kernel has taken since the connection was made (tcp(7), TCP_INFO); None where unknown."""
+    sock = link.get_extra_info("socket")
+    if sock is None or sock.fileno() < 0 or sock.family not in {socket.AF_INET, socket.AF_INET6}:
+        return None
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKED_OFFSET + _LONG.size)
+    # Linux before 4.1 gives less.
+    return int(_LONG.unpack_from(info, _ACKED_OFFSET)[0]) if len(info) == _ACKED_OFFSET + _LONG.size else None
 
 
 def _of_parser(error: BaseException | None) -> tuple[Code, str]:

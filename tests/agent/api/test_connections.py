@@ -153,6 +153,17 @@ async def test_f35_a_stream_lives_as_long_as_its_reader_reads(start_api: StartAp
         assert api.server.figures.refused["slow_reader"] == 0
 
 
+def test_f35_what_is_filled_up_again_counts_as_taken() -> None:
+    """As much waits at each look; what was taken meanwhile tells a reader from one that has stopped."""
+    reads, stands = WriteWatch(10.0), WriteWatch(10.0)
+    for watch in (reads, stands):
+        assert not watch.is_stalled(190_000, 0.0, 1_000_000)
+    assert not reads.is_stalled(190_000, 10.0, 2_000_000)
+    assert not reads.is_stalled(190_000, 20.0, 3_000_000)
+    assert stands.is_stalled(190_000, 10.0, 1_000_100)
+    assert reads.is_stalled(190_000, 30.0, 3_000_100)
+
+
 def test_what_counts_as_reading() -> None:
     """Little taken in all is a stall; enough, an empty buffer, or one emptied far enough is none."""
     watch = WriteWatch(10.0)
