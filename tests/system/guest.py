@@ -372,6 +372,46 @@ def check_f30_number_of_processes() -> None:
     assert done.stdout.split() == ["0", "19", "20", "11"], (done.stdout, done.stderr)
 
 
+_BARE = """
+import asyncio, os
+from pathlib import Path
+from remotegpu_schemas.attempt import RunLimits, RunSpec
+from remotegpu_sidecar.grouping import CgroupPlacement
+from remotegpu_sidecar.launcher import Launcher
+
+async def main():
+    base = "/sys/fs/cgroup/bare"
+    os.mkdir(base)
+    launcher = Launcher(Path("/root/bare-attempts"), CgroupPlacement(base))
+    await launcher.start()
+    tasks = {
+        "forks": (FORKS, RunLimits(tasks_max=20)),
+        "hog": ("x = bytearray(300 << 20); print(len(x))", RunLimits(memory_bytes=64 << 20, swap_bytes=0)),
+    }
+    for name, (program, limits) in tasks.items():
+        env = {"PATH": "/usr/bin", "REMOTEGPU_ATTEMPT_ID": name, "REMOTEGPU_RUN_NUMBER": "1"}
+        spec = RunSpec(task_id=name, attempt_id=name, run_no=1, argv=("python3", "-c", program), cwd="/", env=env,
+            grace_period_s=1, run_limits=limits)
+        run = await launcher.launch(spec)
+        ended = (await run.wait()).ended
+        output = "".join(path.read_text() for path in run.directory.glob("stdout*")).strip()
+        print(name, ended.exit_code, ended.signal, bool(ended.oom_kills), output)
+        run.close()
+    await launcher.stop()
+
+asyncio.run(main())
+"""
+
+
+def check_f28_f30_bare_groups() -> None:
+    """F28, F30: groups without systemd hold their limits too: EAGAIN (11) at the bound, out of memory told apart."""
+    environment = {"PYTHONPATH": LIBRARY, "PATH": os.environ["PATH"]}
+    program = _BARE.replace("FORKS", repr(_FORKS))
+    done = subprocess.run(["python3", "-c", program], env=environment, capture_output=True, text=True, check=False)
+    said = [line.rstrip() for line in done.stdout.splitlines()]
+    assert said == ["forks 0 None False 20 11", "hog None 9 True"], (done.stdout, done.stderr)
+
+
 def check_suspend_freezes() -> None:
     """A suspended run's leaf is frozen, its shim is not; a stop thaws it."""
     task = running(submit("while :; do :; done"))
@@ -476,6 +516,7 @@ SETS: dict[str, tuple[Callable[[], None], ...]] = {
         check_f28_out_of_memory,
         check_f30_fork_bomb,
         check_f30_number_of_processes,
+        check_f28_f30_bare_groups,
         check_suspend_freezes,
         check_refused_scope,
         check_others_are_told,
