@@ -322,7 +322,9 @@ class Machine:
             shim.abandon()
 
     def cut_power(self, down_s: float) -> None:
-        """Everything dies; of what was written in the last seconds and not synced a part is lost."""
+        """Everything dies; of what was written in the last seconds and not synced a part is lost. When off: nothing."""
+        if self.is_off:
+            return  # else it would boot again, under the agent that runs by then
         for shim in list(self.shims.values()):
             shim.run = None
             shim.die()
